@@ -1,0 +1,86 @@
+"""Differential geometry of trained networks.
+
+Weight space is a space with a metric: how much a network's outputs change when its weights move. fipgeo computes that
+metric without forming it, shows its spectrum, and walks functionally invariant paths through it.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from fipgeo import basis, linalg, outputs
+from fipgeo.data import as_batches
+from fipgeo.linalg import LinearOperator, Outcome, Solution, Spectrum
+from fipgeo.metrics import Metric, MetricField, metric
+from fipgeo.model import OutputMap
+from fipgeo.outputs import Bernoulli, Categorical, Cosine, Euclidean, Gaussian, Geometry, Logits
+from fipgeo.paths import (
+    FirstOrder,
+    GaussNewton,
+    Method,
+    NewTask,
+    PathPoint,
+    PathResult,
+    SaturationWarning,
+    Sparsity,
+    StepControl,
+    adapt,
+    changed_upper_bound,
+    sparsify,
+    walk,
+)
+from fipgeo.space import WeightSpace
+
+if TYPE_CHECKING:
+    from fipgeo import plotting
+
+try:
+    __version__ = version("fipgeo")
+except PackageNotFoundError:  # running from a folder that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Cosine",
+    "Euclidean",
+    "FirstOrder",
+    "GaussNewton",
+    "Gaussian",
+    "Geometry",
+    "LinearOperator",
+    "Logits",
+    "Method",
+    "Metric",
+    "MetricField",
+    "NewTask",
+    "Outcome",
+    "OutputMap",
+    "PathPoint",
+    "PathResult",
+    "SaturationWarning",
+    "Solution",
+    "Sparsity",
+    "Spectrum",
+    "StepControl",
+    "WeightSpace",
+    "__version__",
+    "adapt",
+    "as_batches",
+    "basis",
+    "changed_upper_bound",
+    "linalg",
+    "metric",
+    "outputs",
+    "plotting",
+    "sparsify",
+    "walk",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Load `fipgeo.plotting` when it is first used: matplotlib costs more than the rest of the package."""
+    if name == "plotting":
+        return import_module("fipgeo.plotting")
+    raise AttributeError(f"module 'fipgeo' has no attribute {name!r}")

@@ -1,0 +1,310 @@
+"""Iterative solves with many right-hand sides at once: conjugate gradients, and LSMR for least squares."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fipgeo.linalg._stacks import dots, norms, scaled
+from fipgeo.linalg._system import System, as_rows, ratio, require_damping
+from fipgeo.linalg.nodes import Identity, Stack
+from fipgeo.linalg.operator import LinearOperator
+from fipgeo.linalg.result import Outcome, Solution
+
+
+@torch.no_grad()
+def cg(
+    operator: LinearOperator,
+    rhs: Tensor,
+    *,
+    damping: float = 0.0,
+    rtol: float = 1e-6,
+    atol: float = 0.0,
+    max_iters: int | None = None,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    x0: Tensor | None = None,
+) -> Solution:
+    """Conjugate gradients for `(A + damping I) x = b`, A symmetric positive semi-definite.
+
+    Right-hand sides run side by side, each with its own scalars, by one stacked product an iteration; those
+    that are done leave the stack. A residual that the recurrence calls small is computed anew with a true
+    product; if it is not small, the iteration starts again from the true one.
+
+    Args:
+        operator: A, shape `(n, n)`.
+        rhs: b, `[..., n]`.
+        damping: added to the diagonal.
+        rtol: a right-hand side is done when `|b - (A + damping I) x| <= max(rtol |b|, atol)`.
+        atol: see `rtol`.
+        max_iters: most iterations; None for 10 n, at most 1000.
+        preconditioner: maps stacks `[k, n]` to about `(A + damping I)^{-1}` of them, symmetric positive
+            definite.
+        x0: start, `[..., n]`; None for zero.
+
+    Returns:
+        Solution. `BREAKDOWN`: a direction of negative (or, to rounding, zero) curvature was met; `value` is
+        the iterate before it, `curvature` the number. `STAGNATED`: starting again from the true residual no
+        longer halves it. `MAX_ITERATIONS`: the best that the allowed work gave, with its true residual.
+
+    Raises:
+        ValueError: if A is not square, shapes do not fit, or damping is negative.
+        TypeError: if dtypes differ.
+
+    Source: Hestenes & Stiefel, Methods of conjugate gradients for solving linear systems (1952).
+
+    Example:
+        >>> from fipgeo.linalg import Dense
+        >>> A = Dense(torch.tensor([[3.0, 1.0], [1.0, 2.0]]), psd=True)
+        >>> found = cg(A, torch.tensor([[4.0, 3.0], [1.0, 2.0]]))
+        >>> found.outcome.name, found.value.round(decimals=4).abs()
+        ('CONVERGED', tensor([[1., 1.],
+                [0., 1.]]))
+    """
+    system = System(operator, rhs, damping)
+    if x0 is not None and x0.shape != rhs.shape:
+        raise ValueError(f"x0 has shape {tuple(x0.shape)}, expected that of rhs, {tuple(rhs.shape)}")
+    start = None if x0 is None else as_rows(operator, x0, operator.shape[0], "x0")
+    run = _ConjugateGradients(system, torch.clamp(rtol * system.lengths, min=atol), preconditioner, start)
+    history = [ratio(run.size, system.lengths)]
+    limit = min(10 * operator.shape[0], 1000) if max_iters is None else max_iters
+    while len(run.live) and len(history) <= limit:
+        run.step()
+        history.append(ratio(run.size, system.lengths))
+    run.finish()
+    return system.solution(
+        run.x,
+        ratio(run.size, system.lengths),
+        Outcome.worst(run.outcomes),
+        len(history) - 1,
+        history=torch.stack(history),
+        curvature=run.curvature,
+    )
+
+
+class _ConjugateGradients:
+    """All right-hand sides of one solve; `live` are the rows that still run."""
+
+    def __init__(
+        self,
+        system: System,
+        target: Tensor,
+        preconditioner: Callable[[Tensor], Tensor] | None,
+        x0: Tensor | None,
+    ) -> None:
+        self.system, self.target = system, target
+        self.precondition = preconditioner or (lambda r: r)
+        self.x = torch.zeros_like(system.rhs) if x0 is None else x0.clone()
+        self.r = system.rhs.clone() if x0 is None else system.residual(x0)
+        self.size = norms(self.r)
+        self.true_size = self.size.clone()  # the residual when it was last measured
+        self.curvature = torch.full_like(target, torch.inf)
+        self.highest = torch.zeros_like(target)
+        self.outcomes = [Outcome.MAX_ITERATIONS] * len(target)
+        self.unmeasured = torch.ones_like(target, dtype=torch.bool)
+        self.live = torch.arange(len(target), device=target.device)
+        self.stop(self.size <= target, Outcome.CONVERGED, measured=True)
+        self.p = torch.zeros_like(self.r)
+        self.rz = torch.ones_like(target)
+        self.turn(torch.ones_like(self.live, dtype=torch.bool))
+
+    @property
+    def rows(self) -> Tensor | slice:
+        """Index of the live rows; a slice, which copies nothing, while all are."""
+        return slice(None) if len(self.live) == len(self.target) else self.live
+
+    def stop(self, mask: Tensor, outcome: Outcome, measured: bool = False) -> None:
+        """Let the live rows under `mask` rest with a verdict."""
+        for i in self.live[mask].tolist():
+            self.outcomes[i] = outcome
+        self.unmeasured[self.live[mask]] = not measured
+        self.live = self.live[~mask]
+
+    def step(self) -> None:
+        """One product, one move along each direction, and new directions."""
+        p = self.p[self.rows]
+        ap = self.system(p)
+        pap = dots(p, ap)
+        quotient = pap / dots(p, p)
+        self.curvature[self.rows] = torch.minimum(self.curvature[self.rows], quotient)
+        self.highest[self.rows] = torch.maximum(self.highest[self.rows], quotient)
+        finite = torch.isfinite(norms(ap))
+        # a curvature below the rounding of the largest one cannot be told from zero
+        curved = finite & (quotient > torch.finfo(p.dtype).eps * self.highest[self.rows])
+        if not bool(curved.all()):
+            p, ap, pap = p[curved], ap[curved], pap[curved]
+            self.stop(~finite, Outcome.NOT_FINITE)
+            self.stop(~curved[finite], Outcome.BREAKDOWN)
+        alpha = self.rz[self.rows] / pap
+        self.x[self.rows] += scaled(alpha, p)
+        self.r[self.rows] -= scaled(alpha, ap)
+        self.turn(self.measure())
+
+    def measure(self) -> Tensor:
+        """Measure residuals that the recurrence calls small; which live rows are to start again."""
+        self.size[self.rows] = norms(self.r[self.rows])
+        claimed = self.size[self.rows] <= self.target[self.rows]
+        if not bool(claimed.any()):
+            return claimed
+        some = self.live[claimed]
+        self.r[some] = self.system.rhs[some] - self.system(self.x[some])
+        before, after = self.true_size[some], norms(self.r[some])
+        self.size[some] = self.true_size[some] = after
+        done = after <= self.target[some]
+        stuck = ~done & ~(after <= 0.5 * before)
+        verdict = torch.zeros_like(claimed, dtype=torch.int8)
+        verdict[claimed] = done.to(torch.int8) + 2 * stuck.to(torch.int8)
+        self.stop(verdict == 1, Outcome.CONVERGED, measured=True)
+        self.stop(verdict[verdict != 1] == 2, Outcome.STAGNATED, measured=True)
+        return claimed[verdict == 0]
+
+    def turn(self, fresh: Tensor) -> None:
+        """New directions for the live rows, conjugate to the last ones except where `fresh`."""
+        if not len(self.live):
+            return
+        z = self.precondition(self.r[self.rows])
+        rz = dots(self.r[self.rows], z)
+        beta = torch.where(fresh, 0.0, rz / self.rz[self.rows])
+        self.p[self.rows] = z + scaled(beta, self.p[self.rows])
+        self.rz[self.rows] = rz
+        self.stop(~torch.isfinite(rz), Outcome.NOT_FINITE)
+        self.stop(self.rz[self.rows] <= 0, Outcome.BREAKDOWN)
+
+    def finish(self) -> None:
+        """True residuals for the rows that have none yet."""
+        rows = self.unmeasured.nonzero().squeeze(-1)
+        if len(rows):
+            self.size[rows] = norms(self.system.rhs[rows] - self.system(self.x[rows]))
+
+
+@torch.no_grad()
+def lsmr(
+    operator: LinearOperator,
+    rhs: Tensor,
+    *,
+    damping: float = 0.0,
+    rtol: float = 1e-6,
+    max_iters: int | None = None,
+) -> Solution:
+    """Damped least squares, `min |A x - b|^2 + damping |x|^2`, without forming `A^T A`.
+
+    Solves the same system as `cg(Gram(A), A^T b, damping=...)` with the same number of iterations in exact
+    arithmetic. It needs a forward and an adjoint product an iteration, where `cg` needs one fused normal
+    product, and pays where damping is so small that `cg` stagnates. Among the minimisers the smallest is
+    returned.
+
+    Args:
+        operator: A, shape `(m, n)`.
+        rhs: b, `[..., m]`.
+        damping: weight of `|x|^2` (of the square: lambda, not its root).
+        rtol: a right-hand side is done when `|A^T (b - A x) - damping x| <= rtol |A^T b|`.
+        max_iters: most iterations; None for `10 min(m, n)`, at most 1000.
+
+    Returns:
+        Solution; `residual` is that of the normal equations, as in `rtol`, from true products.
+
+    Raises:
+        ValueError: if shapes do not fit or damping is negative.
+        TypeError: if dtypes differ.
+
+    Source: Fong & Saunders, LSMR: an iterative algorithm for sparse least-squares problems (2011).
+
+    Example:
+        >>> from fipgeo.linalg import Dense
+        >>> A = Dense(torch.tensor([[1.0], [1.0]]))
+        >>> lsmr(A, torch.tensor([1.0, 3.0])).value
+        tensor([2.])
+    """
+    require_damping(damping)
+    m, n = operator.shape
+    b = as_rows(operator, rhs, m)
+    if damping:  # damping is a block of rows below A; it costs no product with A
+        operator = Stack([operator, damping**0.5 * Identity(n, dtype=operator.dtype, device=operator.device)])
+        b = torch.cat([b, b.new_zeros(len(b), n)], dim=-1)
+    limit = min(10 * min(m, n), 1000) if max_iters is None else max_iters
+    residual, gradient = b, operator.adjoint(b)
+    size = norms(gradient)
+    target, lengths = rtol * size, size.clone()
+    x = b.new_zeros(len(b), n)
+    outcomes = [Outcome.CONVERGED] * len(b)
+    history, num_products = [ratio(size, lengths)], len(b)
+    live = (size != 0).nonzero().squeeze(-1)
+    while len(live) and len(history) <= limit:
+        run = _Bidiagonalisation(operator, residual, gradient)
+        while bool((run.size > target[live]).any()) and len(history) <= limit:
+            run.step()
+            history.append(history[-1].index_copy(0, live, run.size / lengths[live]))
+        x[live] += run.x
+        residual = b[live] - operator(x[live])
+        gradient = operator.adjoint(residual)
+        num_products += 2 * len(live) * (run.num_iters + 1)
+        before, after = size[live], norms(gradient)
+        size[live] = after
+        open_ = ~(after <= target[live])
+        stuck = open_ & ~(after <= 0.5 * before) & (len(history) <= limit)
+        for i, row in enumerate(live.tolist()):
+            if open_[i]:
+                outcomes[row] = Outcome.STAGNATED if stuck[i] else Outcome.MAX_ITERATIONS
+                outcomes[row] = outcomes[row] if torch.isfinite(after[i]) else Outcome.NOT_FINITE
+            else:
+                outcomes[row] = Outcome.CONVERGED
+        keep = open_ & ~stuck
+        live, residual, gradient = live[keep], residual[keep], gradient[keep]
+    batch = rhs.shape[:-1]
+    return Solution(
+        x.reshape(*batch, n),
+        Outcome.worst(outcomes),
+        ratio(size, lengths).reshape(batch),
+        len(history) - 1,
+        num_products,
+        torch.stack(history).reshape(len(history), *batch),
+    )
+
+
+class _Bidiagonalisation:
+    """One undamped LSMR run from zero on `min |A x - r|`; the letters are those of the paper.
+
+    `size` is the recurrence's `|A^T (r - A x)|`, for each row.
+    """
+
+    def __init__(self, operator: LinearOperator, r: Tensor, gradient: Tensor) -> None:
+        self.operator, self.num_iters = operator, 0
+        beta = norms(r)
+        self.u = _over(r, beta)
+        self.v = _over(gradient, beta)
+        self.alpha = norms(self.v)
+        self.v = _over(self.v, self.alpha)
+        self.alpha_bar, self.zeta_bar = self.alpha.clone(), self.alpha * beta
+        self.rho, self.rho_bar, self.c_bar = (torch.ones_like(beta) for _ in range(3))
+        self.s_bar = torch.zeros_like(beta)
+        self.h, self.h_bar, self.x = self.v.clone(), torch.zeros_like(self.v), torch.zeros_like(self.v)
+        self.size = self.zeta_bar.abs()
+
+    def step(self) -> None:
+        """One forward and one adjoint product, two plane rotations, and the update of x."""
+        self.num_iters += 1
+        u = self.operator(self.v) - scaled(self.alpha, self.u)
+        beta = norms(u)
+        self.u = _over(u, beta)
+        v = self.operator.adjoint(self.u) - scaled(beta, self.v)
+        self.alpha = norms(v)
+        self.v = _over(v, self.alpha)
+
+        # the first rotation turns the lower bidiagonal matrix B into the upper bidiagonal R
+        rho_old, self.rho = self.rho, torch.hypot(self.alpha_bar, beta)
+        c, s = ratio(self.alpha_bar, self.rho), ratio(beta, self.rho)
+        theta, self.alpha_bar = s * self.alpha, c * self.alpha
+        # the second turns R^T into the upper bidiagonal of the normal equations
+        rho_bar_old, theta_bar, rho_temp = self.rho_bar, self.s_bar * self.rho, self.c_bar * self.rho
+        self.rho_bar = torch.hypot(rho_temp, theta)
+        self.c_bar, self.s_bar = ratio(rho_temp, self.rho_bar), ratio(theta, self.rho_bar)
+        zeta, self.zeta_bar = self.c_bar * self.zeta_bar, -self.s_bar * self.zeta_bar
+
+        self.h_bar = self.h - scaled(ratio(theta_bar * self.rho, rho_old * rho_bar_old), self.h_bar)
+        self.x += scaled(ratio(zeta, self.rho * self.rho_bar), self.h_bar)
+        self.h = self.v - scaled(ratio(theta, self.rho), self.h)
+        self.size = self.zeta_bar.abs()
+
+
+def _over(x: Tensor, lengths: Tensor) -> Tensor:
+    """Rows divided by their lengths; a zero row stays zero."""
+    return scaled(ratio(torch.ones_like(lengths), lengths).masked_fill(lengths == 0, 0.0), x)

@@ -1,0 +1,313 @@
+"""The boundary to user modules: outputs as a pure function of named weights.
+
+The only file that touches `nn.Module`, its modes and torch's backends. Outside it a model is `OutputMap`: a function of
+weights and a batch whose value is a tuple of float tensors, examples first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fipgeo.data import preserved_rng
+from fipgeo.space import Where, WeightSpace
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+OutputFn = Callable[[Any], Any]
+
+
+def default_forward(module: nn.Module, batch: Any) -> Any:
+    """Call the module on a batch: a mapping as keywords, the first entry of a list or tuple, anything else as it is."""
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    if isinstance(batch, list | tuple):
+        return default_forward(module, batch[0])
+    return module(batch)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside data-parallel and compile wrappers.
+
+    Raises:
+        NotImplementedError: The module is sharded (FSDP).
+    """
+    kind = type(module).__name__
+    if kind == "FullyShardedDataParallel":
+        raise NotImplementedError("model: FSDP modules are not supported; gather the full parameters into a plain module")
+    if kind in ("DistributedDataParallel", "DataParallel"):
+        return unwrapped(module.module)  # type: ignore[arg-type]
+    inner = getattr(module, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else module
+
+
+class _Caller(nn.Module):
+    """Holds the user's module so that `functional_call` swaps its tensors whatever its signature is."""
+
+    def __init__(self, module: nn.Module, forward_fn: ForwardFn, output_fn: OutputFn | None) -> None:
+        super().__init__()
+        self.module, self.forward_fn, self.output_fn = module, forward_fn, output_fn
+
+    def forward(self, batch: Any) -> Any:
+        raw = self.forward_fn(self.module, batch)
+        return raw if self.output_fn is None else self.output_fn(raw)
+
+
+class OutputMap:
+    """F: weights and a batch to outputs, for any module.
+
+    Evaluation is always in eval mode (BatchNorm uses its running statistics, dropout is off) and under torch's plain
+    attention kernel, which has derivatives of every kind. Mode, random streams, buffers and backends are as before
+    afterwards, also on exceptions.
+
+    Args:
+        module: Any module; wrappers of `DistributedDataParallel` and `torch.compile` are looked through.
+        params: Which parameters are coordinates (see `WeightSpace.of`).
+        forward_fn: (module, batch) -> raw outputs; `default_forward` when None. Moves to a device belong here.
+        output_fn: raw outputs -> a float tensor, or a tuple or mapping of them, each with examples first. When None,
+            `.logits` (or the entry "logits") is taken if there is one, else every tensor of the structure.
+
+    Examples:
+        >>> net = nn.Linear(3, 2)
+        >>> F = OutputMap(net)
+        >>> F(F.space.point(net), torch.zeros(5, 3))[0].shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        params: Where = None,
+        *,
+        forward_fn: ForwardFn | None = None,
+        output_fn: OutputFn | None = None,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model: got {type(module).__name__}, expected a torch.nn.Module")
+        self.module = unwrapped(module)
+        self.space = WeightSpace.of(self.module, params)
+        self._caller = _Caller(self.module, forward_fn or default_forward, output_fn)
+        self.buffers: Mapping[str, Tensor] = {}
+        self._has_lstm = any(isinstance(m, nn.LSTM) for m in self.module.modules())
+        self._dtypes = {n: p.dtype for n, p in self.module.named_parameters() if n in self.space.shapes}
+        _check_normalisation(self.module)
+
+    def point(self) -> Tensor:
+        """The module's present weights, a flat copy `[D]`."""
+        return self.space.point(self.module)
+
+    def named(self, vector: Tensor) -> dict[str, Tensor]:
+        """A flat point or tangent `[..., D]` as tensors in the module's own dtypes."""
+        return {name: t.to(self._dtypes[name]) for name, t in self.space.unravel(vector).items()}
+
+    def __call__(self, theta: Tensor, batch: Any) -> tuple[Tensor, ...]:
+        """Outputs at the flat point theta `[D]`: tensors `[n, ...]`, no gradient."""
+        with self.frozen():
+            return self.call(self.named(theta), batch)
+
+    def with_buffers(self, buffers: Mapping[str, Tensor]) -> OutputMap:
+        """The same map with some buffers (normalisation statistics) replaced; the module keeps its own."""
+        other = copy.copy(self)
+        other.buffers = dict(self.buffers) | dict(buffers)
+        return other
+
+    def call(self, weights: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, ...]:
+        """Outputs as a pure, differentiable function of named weights; call it inside `frozen()`."""
+        buffers = {n: self.buffers.get(n, b).clone() for n, b in self.module.named_buffers()}
+        return _leaves(torch.func.functional_call(self._caller, self._swap(weights, buffers), (batch,)))
+
+    def _swap(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `functional_call` is to put in place of the module's tensors."""
+        rest = {n: p.detach() for n, p in self.module.named_parameters() if n not in weights}
+        return {f"module.{n}": t for n, t in (rest | dict(buffers) | dict(weights)).items()}
+
+    @property
+    def normalisers(self) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+        """The BatchNorm modules by name."""
+        kinds = nn.modules.batchnorm._BatchNorm
+        return {name: m for name, m in self.module.named_modules() if isinstance(m, kinds)}
+
+    def normalisation(self) -> dict[str, Tensor]:
+        """Copies of the running means and variances of BatchNorm, by name."""
+        buffers = dict(self.module.named_buffers()) | dict(self.buffers)
+        names = [f"{n}.{key}" for n in self.normalisers for key in ("running_mean", "running_var")]
+        return {name: buffers[name].clone() for name in names}
+
+    def statistics(self, theta: Tensor, batches: Iterable[Any]) -> dict[str, Tensor]:
+        """BatchNorm means and variances re-estimated at theta: the averages over the batches, each counted once.
+
+        Every layer sees inputs that the layers before it normalised by the batch at hand. Nothing is written.
+        """
+        found: dict[str, Tensor] = {}
+        seen = 0
+
+        def note(module: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
+            x = args[0].detach().transpose(0, 1).flatten(1)
+            fresh = {"running_mean": x.mean(1), "running_var": x.var(1)}
+            for key, value in fresh.items():
+                old = found.get(f"{name}.{key}", torch.zeros_like(value))
+                found[f"{name}.{key}"] = old + (value - old) / seen
+
+        hooks = [m.register_forward_pre_hook(partial(note, name=n)) for n, m in self.normalisers.items()]
+        try:
+            with self.frozen(batch_statistics=True):
+                for batch in batches:
+                    seen += 1
+                    self.call(self.named(theta), batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    @contextmanager
+    def frozen(self, *, batch_statistics: bool = False) -> Iterator[None]:
+        """Eval mode, plain kernels, no autograd graph, private random streams; everything restored on leaving.
+
+        Args:
+            batch_statistics: Let BatchNorm normalise by the batch at hand (its running statistics stay as they are).
+        """
+        modes = [(m, m.training) for m in self.module.modules()]
+        live = set(map(id, self.normalisers.values())) if batch_statistics else set()
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        with ExitStack() as stack:
+            stack.enter_context(preserved_rng())
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            if self._has_lstm:
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            try:
+                torch.backends.mha.set_fastpath_enabled(False)
+                for m, _ in modes:
+                    m.training = id(m) in live
+                yield
+            finally:
+                torch.backends.mha.set_fastpath_enabled(fastpath)
+                for m, mode in modes:
+                    m.training = mode
+
+    def check(self, batch: Any) -> tuple[Tensor, ...]:
+        """Look at the model's behaviour on one batch; returns its outputs there.
+
+        Raises:
+            ValueError: The forward fails, its outputs are not finite float tensors with examples first, it is random,
+                it switches to train mode, or the batch lies on another device than the weights.
+        """
+        where = {str(t.device) for t in _tensors(batch)} - {str(self.space.device)}
+        if where and self._caller.forward_fn is default_forward:
+            raise ValueError(
+                f"inputs: the batch is on {sorted(where)[0]}, the weights on {self.space.device}; move the data, or pass"
+                " forward_fn=lambda model, batch: model(batch.to(device))"
+            )
+        weights = self.named(self.point())
+        with self.frozen():
+            try:
+                raw = self.call(weights, batch)
+            except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
+                raise ValueError(f"model: the forward failed on the first batch{_describe(batch, self)}: {error}") from error
+            outputs = _checked(raw)
+            live = [n or type(m).__name__ for n, m in self.module.named_modules() if m.training]
+            if live:
+                raise ValueError(
+                    f"model: its forward switches {live[0]!r} to train mode; the metric needs fixed batch statistics and"
+                    " no dropout, so take that switch out of the forward"
+                )
+            again = self.call(weights, batch)
+        for a, b in zip(outputs, again, strict=True):
+            gap = (a - b).abs().max() if a.shape == b.shape else torch.tensor(float("inf"))
+            if gap > 1e-4 * a.abs().max():
+                raise ValueError(
+                    f"model: its forward is random: two evaluations of one batch in eval mode differ by {float(gap):.3g};"
+                    " take the noise out (functional dropout needs training=self.training) or pass a forward_fn without it"
+                )
+        return outputs
+
+
+def _leaves(raw: Any) -> tuple[Tensor, ...]:
+    """The output tensors inside whatever a model returned, at least float32."""
+    if isinstance(raw, Tensor):
+        leaves: tuple[Any, ...] = (raw,)
+    elif isinstance(getattr(raw, "logits", None), Tensor):
+        leaves = (raw.logits,)
+    elif isinstance(raw, Mapping):
+        leaves = (raw["logits"],) if "logits" in raw else tuple(raw.values())
+    elif isinstance(raw, list | tuple):
+        leaves = tuple(raw)
+    else:
+        leaves = (raw,)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 1:
+            got = f"{leaf.dtype} of shape {list(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise OutputError(
+                f"outputs: the model returned {_kind(raw)} with an entry of {got}; expected float tensors with examples"
+                " first. Pass output_fn=lambda out: ... that picks the outputs to compare"
+            )
+    return tuple(leaf.float() if leaf.dtype in (torch.bfloat16, torch.float16) else leaf for leaf in leaves)
+
+
+class OutputError(ValueError):
+    """The model's outputs are not what a metric can be built on."""
+
+
+def _checked(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    counts = [len(f) for f in outputs]
+    if not outputs or len(set(counts)) != 1:
+        raise OutputError(
+            f"outputs: the tensors have {counts} examples on their first axis; expected one common number, examples"
+            " first. Pass output_fn=lambda out: ... that picks or transposes them"
+        )
+    if counts[0] == 0:
+        raise OutputError("inputs: the first batch holds 0 examples; expected at least one")
+    for f in outputs:
+        bad = ~torch.isfinite(f)
+        if bad.any():
+            rows = bad.reshape(len(f), -1).any(-1).nonzero()
+            raise OutputError(
+                f"outputs: {int(bad.sum())} of {f.numel()} values are NaN or infinite (first at example"
+                f" {int(rows[0])} of the batch); check the weights and the scale of the inputs"
+            )
+    return outputs
+
+
+def _check_normalisation(module: nn.Module) -> None:
+    for name, m in module.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None:
+            raise ValueError(
+                f"model: {name or type(m).__name__} is a BatchNorm that keeps no running statistics, so an output depends"
+                " on the other examples of its batch even in eval mode; use track_running_stats=True and train it"
+            )
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree[:1]:
+            yield from _tensors(value)
+
+
+def _kind(raw: Any) -> str:
+    return f"a {type(raw).__name__}"
+
+
+def _describe(batch: Any, output_map: OutputMap) -> str:
+    """What the first batch holds, and the likely cure when its dtype does not fit the weights."""
+    tensors = list(_tensors(batch))
+    if not tensors:
+        return f" ({type(batch).__name__})"
+    weights = next(iter(output_map._dtypes.values()))
+    text = f" ({tensors[0].dtype} of shape {list(tensors[0].shape)}, weights {weights})"
+    if tensors[0].is_floating_point() and tensors[0].dtype != weights:
+        text += f"; convert the inputs with .to({weights})"
+    elif not tensors[0].is_floating_point():
+        text += f"; integer inputs suit embeddings only, images need .to({weights})"
+    return text

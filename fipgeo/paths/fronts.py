@@ -1,0 +1,245 @@
+"""One call for each use: sparsify a network, teach it new data."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from fipgeo.data import Batches, Generator, TensorBatches, as_batches
+from fipgeo.jacobian import MAX_BYTES
+from fipgeo.metrics import MetricField
+from fipgeo.model import ForwardFn, OutputFn
+from fipgeo.outputs import Geometry
+from fipgeo.paths.control import StepControl
+from fipgeo.paths.correct import Corrector, FirstOrder, GaussNewton
+from fipgeo.paths.new_task import LossFn, NewTask, count_batches
+from fipgeo.paths.objectives import Sparsity
+from fipgeo.paths.record import PathResult
+from fipgeo.paths.walk import Callback, Method, walk
+from fipgeo.space import Where
+
+
+class SaturationWarning(UserWarning):
+    """The chosen geometry hardly feels the outputs of this model, so it protects little."""
+
+
+def sparsify(
+    model: nn.Module,
+    inputs: Any,
+    sparsity: float = 0.9,
+    *,
+    geometry: str | Geometry = "logits",
+    params: Where = None,
+    exclude: str | list[str] | None = None,
+    held_out: Any = 0.2,
+    budget: float | None = None,
+    corrector: str | Corrector = "auto",
+    max_steps: int = 200,
+    store: str = "all",
+    batch_size: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    output_fn: OutputFn | None = None,
+    generator: Generator = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+    resume: PathResult | None = None,
+) -> PathResult:
+    """Walk to a sparse network that computes the same function; no labels are needed.
+
+    Weights are set to zero in the order in which the metric says that the outputs do not feel it, a share at a time; the
+    others move so that the outputs on `inputs` return to where they were; what was lost is measured on `held_out`.
+
+    Args:
+        model: Any module; not changed. Write a point of the result into it with `path.best(...).apply_(model)`.
+        inputs: Inputs whose outputs are to stay: tensor, list of batches or loader. A thousand often do.
+        sparsity: Share of zeros to reach among the counted weights, in [0, 1).
+        geometry: How outputs are compared (see `MetricField`).
+        params: Which parameters may move (None: all that require a gradient).
+        exclude: Patterns of tensors that stay dense, besides biases and normalisation scales and shifts.
+        held_out: Inputs for the verdict, or the share of `inputs` to set apart for it.
+        budget: Largest drift allowed (see `PathPoint.drift`); None walks to the target whatever it costs.
+        corrector: "gauss-newton", "first-order", a `Corrector`, or "auto": Gauss-Newton for small problems.
+        max_steps: Accepted steps at most.
+        store: "all" or "last": which points keep their weights.
+        batch_size: Examples in a batch when inputs is a tensor.
+        forward_fn: (model, batch) -> raw outputs.
+        output_fn: raw outputs -> the tensor or tensors to compare.
+        generator: Source of all randomness; None for a fixed seed.
+        progress: Show a bar.
+        callback: Called with the numbers of every accepted point.
+        resume: A path to continue.
+
+    Returns:
+        The path; its last point has exactly the asked number of zeros if `outcome` is "reached".
+
+    Raises:
+        ValueError: sparsity is not in [0, 1), the budget is below the first step, or bad inputs.
+
+    Examples:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+        >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+        >>> path = sparsify(net, x, sparsity=0.5, corrector="gauss-newton")
+        >>> path.outcome, path[-1].sparsity
+        ('reached', 0.5)
+    """
+    objective = Sparsity(sparsity, exclude)
+    field = MetricField(
+        model, inputs, geometry, params, batch_size=batch_size, forward_fn=forward_fn, output_fn=output_fn
+    )
+    _warn_saturated(field)
+    chosen = _corrector(corrector, field)
+    method = Method(
+        control=StepControl(initial=0.2, smallest=0.02, largest=0.35, tolerance=0.03),
+        corrector=chosen,
+        damping=1e-2 if isinstance(chosen, GaussNewton) else None,
+        budget=budget,
+        max_steps=max_steps,
+        polish=3.0,
+        store=store,
+    )
+    return walk(
+        field,
+        objective,
+        method,
+        held_out=_held_out(held_out, batch_size),
+        generator=generator,
+        progress=progress,
+        callback=callback,
+        resume=resume,
+    )
+
+
+def adapt(
+    model: nn.Module,
+    new_batches: Any,
+    loss_fn: LossFn,
+    *,
+    keep: Any,
+    budget: float | None = 0.2,
+    epochs: float = 1.0,
+    lr: float = 0.05,
+    momentum: float = 0.9,
+    damping: float = 1e-2,
+    geometry: str | Geometry = "logits",
+    params: Where = None,
+    hold_zeros: bool = False,
+    held_out: Any = 0.2,
+    max_steps: int = 10_000,
+    store: str = "last",
+    batch_size: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    output_fn: OutputFn | None = None,
+    generator: Generator = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+    resume: PathResult | None = None,
+) -> PathResult:
+    """Teach a network new data while its outputs on old inputs stay; no old labels are needed.
+
+    Gradients of the new loss are passed through the damped inverse of the metric on `keep`, mu (g + mu)^{-1}, so that
+    the network learns along directions which the old outputs do not feel; a Gauss-Newton step then removes the drift
+    of second order, and what was lost is measured on `held_out`.
+
+    Args:
+        model: Any module; not changed. Write the result into it with `path[-1].apply_(model)`.
+        new_batches: `(x, y)` tensors, a list of such batches, or a loader.
+        loss_fn: (outputs, y) -> scalar mean loss.
+        keep: Old inputs whose outputs are to stay: tensor, list of batches or loader.
+        budget: Largest drift allowed (see `PathPoint.drift`); None for no limit.
+        epochs: Passes over the new data.
+        lr: Learning rate at the start; it decays along a cosine.
+        momentum: Heavy-ball coefficient.
+        damping: mu as a multiple of the mean non-zero eigenvalue of the metric: smaller keeps more, learns less.
+        geometry: How outputs are compared (see `MetricField`).
+        params: Which parameters may move (None: all that require a gradient).
+        hold_zeros: Keep weights that are exactly zero at zero.
+        held_out: Old inputs for the verdict, or the share of `keep` to set apart for it.
+        max_steps: Accepted steps (of 10 minibatches) at most.
+        store: "all" or "last": which points keep their weights.
+        batch_size: Examples in a batch when data are tensors (default 100 for new data).
+        forward_fn: (model, batch) -> raw outputs, for old and new batches.
+        output_fn: raw outputs -> the tensor or tensors to compare.
+        generator: Source of all randomness; None for a fixed seed.
+        progress: Show a bar.
+        callback: Called with the numbers of every accepted point.
+        resume: A path to continue.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: The budget is below the first step, the loss is no finite scalar, or bad inputs.
+    """
+    field = MetricField(
+        model, keep, geometry, params, batch_size=batch_size, forward_fn=forward_fn, output_fn=output_fn
+    )
+    _warn_saturated(field)
+    new = _labelled(new_batches, batch_size)
+    objective = NewTask(
+        new, loss_fn, epochs=epochs, lr=lr, momentum=momentum, hold_zeros=hold_zeros, num_batches=count_batches(new)
+    )
+    method = Method(
+        control=StepControl(initial=1.0, smallest=1 / 64, largest=1.0, tolerance=0.02),
+        corrector=GaussNewton(steps=0),
+        damping=damping,
+        budget=budget,
+        max_steps=max_steps,
+        store=store,
+    )
+    return walk(
+        field,
+        objective,
+        method,
+        held_out=_held_out(held_out, batch_size),
+        generator=generator,
+        progress=progress,
+        callback=callback,
+        resume=resume,
+    )
+
+
+def _labelled(data: Any, batch_size: int | None) -> Batches:
+    """New data as batches: a pair of equally long tensors is one data set, not two batches."""
+    pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
+    if pair and len(data[0]) == len(data[1]):
+        return TensorBatches(data, batch_size or 100, "new_batches")
+    return as_batches(data, argument="new_batches")
+
+
+def _held_out(held_out: Any, batch_size: int | None) -> Batches | float:
+    if isinstance(held_out, int | float):
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out: got {held_out}, expected inputs, or a share of the protected ones in (0, 1)")
+        return float(held_out)
+    return as_batches(held_out, batch_size, "held_out")
+
+
+def _corrector(corrector: str | Corrector, field: MetricField) -> Corrector:
+    if isinstance(corrector, Corrector):
+        return corrector
+    if corrector == "auto":
+        outputs = field.map(field.map.point(), field.function.batches.first())
+        width = sum(f[0].numel() for f in outputs)
+        rows = min(1024, max(width, 256))
+        small = rows * field.space.dim * 4 <= MAX_BYTES and not field.map.normalisers
+        corrector = "gauss-newton" if small else "first-order"
+    kinds = {"gauss-newton": GaussNewton(), "first-order": FirstOrder()}
+    if corrector not in kinds:
+        raise ValueError(f"corrector: got {corrector!r}, expected 'auto', 'gauss-newton', 'first-order' or a Corrector")
+    return kinds[corrector]
+
+
+def _warn_saturated(field: MetricField) -> None:
+    """Say so when the geometry is nearly blind at the model's outputs."""
+    outputs = field.map(field.map.point(), field.function.batches.first())
+    openness = min(field.geometry.openness(f) for f in outputs)
+    if openness < 0.05:
+        warnings.warn(
+            f"geometry {field.geometry} is saturated: its metric keeps {openness:.1%} of its strength at this model's"
+            " confident outputs, so it protects little; use geometry='logits' or Categorical(temperature=4)",
+            SaturationWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,133 @@
+"""Learning new data along directions that the kept function does not feel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fipgeo.data import Batches, LoaderBatches, TensorBatches
+from fipgeo.paths.kept import Kept, Position
+from fipgeo.paths.objectives import Objective, Predictor, Proposal, State
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class NewTask(Objective):
+    """The loss on new data, descended in the damped metric.
+
+    Every minibatch gradient d = -grad L becomes argmin <v, g v> + mu |v - d|^2 = mu (g + mu)^{-1} d, so that directions
+    which the protected outputs feel are damped and free ones pass; momentum accumulates the result and is passed
+    through the next metric when that is made. A step holds `refresh` minibatches and its size multiplies the learning
+    rate, which otherwise decays along a cosine over the whole path. The model is in eval mode throughout.
+
+    Attributes:
+        batches: New data, `(x, y)` or a mapping with the model's keywords.
+        loss_fn: (outputs, y) -> scalar mean loss; for mapping batches (outputs, batch).
+        epochs: Passes over the new data.
+        lr: Learning rate.
+        momentum: Heavy-ball coefficient.
+        clip: Gradients longer than this are shortened to it.
+        refresh: Minibatches in a step, all under the metric at its start.
+        hold_zeros: Weights that are exactly zero stay so (after a sparse path).
+        num_batches: Minibatches in an epoch.
+    """
+
+    batches: Batches
+    loss_fn: LossFn
+    epochs: float = 1.0
+    lr: float = 0.05
+    momentum: float = 0.9
+    clip: float = 1.0
+    refresh: int = 10
+    hold_zeros: bool = False
+    num_batches: int = 1
+    name = "loss on new data"
+    maximise = False
+
+    def begin(self, kept: Kept, position: Position) -> State:
+        """No minibatch seen, no momentum, every weight free (or all but the zeros)."""
+        theta = position.theta
+        free = (theta != 0) if self.hold_zeros else torch.ones_like(theta, dtype=torch.bool)
+        losses = [self._loss(kept, position, batch)[0] for batch in self._stream(0, min(self.refresh, self.total))]
+        loss = torch.tensor(sum(losses) / len(losses), dtype=torch.float64)
+        return {"seen": torch.tensor(0), "velocity": torch.zeros_like(theta), "free": free, "loss": loss}
+
+    def propose(
+        self, kept: Kept, position: Position, state: State, size: float, predictor: Predictor, generator: torch.Generator
+    ) -> Proposal:
+        """`refresh` minibatch steps in the metric at the position."""
+        del generator
+        free, seen = state["free"], int(state["seen"])
+        moves = predictor(position, free)
+        mask = free.to(position.theta.dtype)
+        count = min(self.refresh, self.total - seen)
+        velocity = state["velocity"]
+        velocity = velocity if moves is None else moves.passed(velocity)
+        theta, losses, cost = position.theta, [], 0.0 if moves is None else moves.cost
+        for batch in self._stream(seen, count):
+            loss, gradient, used = self._loss(kept, replace(position, theta=theta), batch)
+            wish = -gradient * mask * min(1.0, self.clip / max(float(gradient.norm()), 1e-30))
+            velocity = self.momentum * velocity + (wish if moves is None else moves.passed(wish))
+            rate = self.lr * size * 0.5 * (1 + math.cos(math.pi * seen / self.total))
+            theta = torch.where(free, theta + rate * velocity, theta)
+            losses.append(loss)
+            seen += 1
+            cost += 3.0 * used
+        new = {"seen": torch.tensor(seen), "velocity": velocity, "free": free}
+        new["loss"] = torch.tensor(sum(losses) / len(losses), dtype=torch.float64)
+        return Proposal(replace(position, theta=theta), free, new, moves, cost)
+
+    def value(self, position: Position, state: State) -> float:
+        """Mean loss over the minibatches of the last step, before each was learned."""
+        del position
+        return float(state["loss"])
+
+    def reached(self, state: State) -> bool:
+        """Whether all epochs are over."""
+        return int(state["seen"]) >= self.total
+
+    @property
+    def total(self) -> int:
+        """Minibatches in all epochs together."""
+        return max(math.ceil(self.epochs * self.num_batches), 1)
+
+    def _stream(self, start: int, count: int) -> Iterator[Any]:
+        """Minibatches start, ..., start + count - 1 of the endless sequence of shuffled epochs."""
+        while count > 0:
+            epoch, skip = divmod(start, self.num_batches)
+            for index, batch in enumerate(self.batches.shuffled(epoch + 1)):
+                if index < skip:
+                    continue
+                if count == 0:
+                    return
+                yield batch
+                start, count = start + 1, count - 1
+
+    def _loss(self, kept: Kept, position: Position, batch: Any) -> tuple[float, Tensor, int]:
+        """Loss on a minibatch, its gradient `[D]`, and how many examples it held."""
+        function = kept.at(position)
+        with function.map.frozen(), torch.enable_grad():
+            theta = position.theta.detach().requires_grad_()
+            outputs = function.map.call(function.map.named(theta), batch)
+            out = outputs[0] if len(outputs) == 1 else outputs
+            target = batch if isinstance(batch, Mapping) or len(batch) < 2 else batch[1]
+            loss = self.loss_fn(out, target)
+            if not isinstance(loss, Tensor) or loss.dim() or not torch.isfinite(loss):
+                got = f"{loss.detach()}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(f"loss_fn: returned {got}, expected a finite scalar tensor; average over the batch")
+            return float(loss.detach()), torch.autograd.grad(loss, theta)[0], len(outputs[0])
+
+
+def count_batches(batches: Batches) -> int:
+    """Minibatches that one shuffled pass gives (a pass over a loader that does not tell its length)."""
+    if isinstance(batches, TensorBatches):
+        return max(len(batches) // min(batches.batch_size, len(batches)), 1)
+    if isinstance(batches, LoaderBatches) and hasattr(batches.loader, "__len__"):
+        return len(batches.loader)  # type: ignore[arg-type]
+    return sum(1 for _ in batches)

@@ -1,0 +1,191 @@
+"""Objectives: what a path walks towards while it keeps the function.
+
+An objective proposes the next position; the driver corrects it, measures it and accepts or refuses it. Objectives are
+immutable; what evolves is an explicit state of tensors, so that a refused step leaves no trace and a path can resume.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fipgeo.paths.compensate import Compensation
+from fipgeo.paths.kept import Kept, Position
+from fipgeo.space import WeightSpace
+
+State = Mapping[str, Tensor]
+Predictor = Callable[[Position, Tensor], Compensation | None]
+"""(position, free) -> the tangent moves there, or None to step without a metric."""
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """A step before correction.
+
+    Attributes:
+        position: Where the objective wants to be.
+        free: Boolean `[D]`, the weights that a corrector may move without undoing what was won.
+        state: The objective's state if the step is accepted.
+        moves: The tangent moves used, for a corrector to use once more.
+        cost: Model evaluations spent.
+    """
+
+    position: Position
+    free: Tensor
+    state: State
+    moves: Compensation | None
+    cost: float
+
+
+class Objective(ABC):
+    """What a path walks towards.
+
+    Attributes:
+        name: What `value` is, with its unit.
+        maximise: Whether more of it is better.
+    """
+
+    name: str
+    maximise: bool
+
+    @abstractmethod
+    def begin(self, kept: Kept, position: Position) -> State:
+        """The state at the start of a path.
+
+        Raises:
+            ValueError: The objective does not fit the model.
+        """
+
+    @abstractmethod
+    def propose(
+        self, kept: Kept, position: Position, state: State, size: float, predictor: Predictor, generator: torch.Generator
+    ) -> Proposal:
+        """A step of the given size (what size means is the objective's own)."""
+
+    @abstractmethod
+    def value(self, position: Position, state: State) -> float:
+        """The objective's measure of a position."""
+
+    @abstractmethod
+    def reached(self, state: State) -> bool:
+        """Whether the path has arrived."""
+
+    def counted(self, space: WeightSpace) -> Tensor:
+        """Boolean `[D]`: the coordinates over which the sparsity of a point is counted."""
+        return weight_mask(space)
+
+
+def weight_mask(space: WeightSpace, exclude: str | list[str] | None = None) -> Tensor:
+    """Boolean `[D]`: the tensors with at least two axes, less those that match `exclude`.
+
+    Biases and the scales and shifts of normalisation layers have one axis, so they are left out.
+    """
+    names = {name for name, shape in space.shapes.items() if len(shape) >= 2}
+    mask = space.mask(lambda name, _: name in names) if names else torch.zeros(space.dim, dtype=torch.bool)
+    return mask & ~space.mask(exclude) if exclude else mask
+
+
+@dataclass(frozen=True)
+class Sparsity(Objective):
+    """Unstructured sparsity over all chosen weights together.
+
+    Zeros are chosen by the change of the outputs that the metric predicts for setting a weight to zero, w_j^2 g_jj,
+    with g_jj re-estimated at every step; once chosen they are held. A step of size h zeroes the share h of the weights
+    that are left.
+
+    Attributes:
+        target: Share of zeros to reach, in [0, 1).
+        exclude: Patterns of tensors that stay dense, besides biases and normalisation scales and shifts.
+        samples: Random output directions for each estimate of the diagonal.
+        batch_size: Inputs that share a random output direction.
+
+    Raises:
+        ValueError: target is not in [0, 1).
+    """
+
+    target: float
+    exclude: str | list[str] | None = None
+    samples: int = 128
+    batch_size: int = 8
+    name = "sparsity"
+    maximise = True
+
+    def __post_init__(self) -> None:
+        """Check the target."""
+        if not 0 <= self.target < 1:
+            raise ValueError(
+                f"sparsity: got {self.target}, expected a share of zeros in [0, 1), such as 0.9 for 90 % zeros"
+            )
+
+    def counted(self, space: WeightSpace) -> Tensor:
+        """The weights that may become zero."""
+        mask = weight_mask(space, self.exclude)
+        if not mask.any():
+            raise ValueError(
+                f"exclude: {self.exclude!r} leaves no tensor with two axes or more out of {space.names}; nothing can"
+                " become sparse"
+            )
+        return mask
+
+    def begin(self, kept: Kept, position: Position) -> State:
+        """Weights that are zero already count and are held."""
+        counted = self.counted(kept.function.map.space)
+        return {"counted": counted, "held": counted & (position.theta == 0)}
+
+    def propose(
+        self, kept: Kept, position: Position, state: State, size: float, predictor: Predictor, generator: torch.Generator
+    ) -> Proposal:
+        """Zero the share `size` of the weights that are left, and move the others to make up for it."""
+        counted, held = state["counted"], state["held"]
+        total, have = int(counted.sum()), int(held.sum())
+        want = min(self._goal(total), have + max(round(size * (total - have)), 1))
+        diagonal = metric_diagonal(kept, position, self.samples, self.batch_size, generator)
+        score = torch.where(counted & ~held, position.theta.square() * diagonal, torch.inf)
+        chosen = torch.zeros_like(held)
+        chosen[score.argsort(stable=True)[: want - have]] = True
+        held = held | chosen
+        moves = predictor(position, ~held)
+        step = torch.where(chosen, -position.theta, 0)
+        cost = 3.0 * self.samples * self.batch_size
+        if moves is not None:
+            r = moves.kept.residual(position) + moves.root(step)
+            step = step + moves(r)
+            cost += moves.cost
+        theta = torch.where(held, 0, position.theta + step)
+        return Proposal(replace(position, theta=theta), ~held, {"counted": counted, "held": held}, moves, cost)
+
+    def value(self, position: Position, state: State) -> float:
+        """Exact zeros among the counted weights, as a share."""
+        return float((position.theta[state["counted"]] == 0).double().mean())
+
+    def reached(self, state: State) -> bool:
+        """Whether as many weights are held at zero as the target asks."""
+        return int(state["held"].sum()) >= self._goal(int(state["counted"].sum()))
+
+    def _goal(self, total: int) -> int:
+        return round(self.target * total)
+
+
+def metric_diagonal(
+    kept: Kept, position: Position, samples: int, batch_size: int, generator: torch.Generator
+) -> Tensor:
+    """An unbiased estimate of diag g `[D]`: mean of (R_b^T u)^2 / n over minibatches b and random signs u.
+
+    E (R_b^T u)_j^2 = sum over the minibatch's rows of R_rj^2, since the signs are independent (Bekas, Kokiopoulou & Saad,
+    An Estimator for the Diagonal of a Matrix, 2007, applied to R^T R).
+    """
+    function = kept.at(position)
+    weights = function.map.named(position.theta)
+    total, seen = torch.zeros_like(position.theta), 0
+    with function.map.frozen():
+        for _ in range(samples):
+            batch, z0 = kept.draw(batch_size, generator)
+            z, pull = torch.func.vjp(function.on(batch), weights)
+            signs = torch.randint(2, z.shape, generator=generator).to(z) * 2 - 1
+            total += function.map.space.ravel(pull(signs)[0]).square()
+            seen += len(z0)
+    return total / seen

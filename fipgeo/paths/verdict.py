@@ -1,0 +1,110 @@
+"""The verdict: how far the function has moved, measured on inputs that no step used."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fipgeo.jacobian import EmbeddedOutputs
+from fipgeo.model import OutputError
+from fipgeo.outputs import changed_predictions, embed, squared_distance
+
+
+def changed_upper_bound(changed: int, total: int, confidence: float = 0.95) -> float:
+    """Exact one-sided upper confidence bound on a rate, from `changed` out of `total` independent trials.
+
+    The largest p with P(Binomial(total, p) <= changed) >= 1 - confidence (Clopper & Pearson, The Use of Confidence or
+    Fiducial Limits, Biometrika 1934); the quantile of a Beta(changed + 1, total - changed) distribution.
+
+    Args:
+        changed: Successes.
+        total: Trials, at least 1.
+        confidence: Between 0 and 1.
+
+    Returns:
+        The bound; 1 when every trial succeeded.
+
+    Raises:
+        ValueError: The counts or the confidence are out of range.
+
+    Examples:
+        >>> round(changed_upper_bound(0, 100), 4)
+        0.0295
+    """
+    if not (0 <= changed <= total and total > 0):
+        raise ValueError(f"changed: got {changed} of {total}, expected 0 <= changed <= total with total > 0")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: got {confidence}, expected a number between 0 and 1")
+    if changed == total:
+        return 1.0
+    from scipy.special import betaincinv
+
+    return float(betaincinv(changed + 1, total - changed, confidence))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far a point's function is from the start's, on held-out inputs (see `PathPoint` for the units)."""
+
+    distance: float
+    drift: float
+    changed: float
+    changed_upper: float
+
+
+class Verdict:
+    """Outputs of the start on held-out inputs, against which every later point is measured.
+
+    Args:
+        function: Embedded outputs on the held-out inputs.
+        theta: The start.
+
+    Attributes:
+        spread: Root mean square distance of the start's embedded outputs from their mean: the unit of drift.
+        num_examples: Held-out inputs.
+    """
+
+    def __init__(self, function: EmbeddedOutputs, theta: Tensor) -> None:
+        self.function = function
+        self.reference = [outputs for _, outputs in function.outputs(theta)]
+        z = [embed(function.geometry, outputs).double() for outputs in self.reference]
+        self.num_examples = sum(len(part) for part in z)
+        self.spread = _spread(z)
+
+    def measure(self, theta: Tensor, function: EmbeddedOutputs | None = None) -> Measured:
+        """Distance of the function at theta from the start's; exactly 0 at the start.
+
+        Args:
+            theta: The point, `[D]`.
+            function: The same inputs under other normalisation statistics, if the path has moved them.
+
+        Raises:
+            OutputError: Outputs at theta are not finite.
+        """
+        function = self.function if function is None else function
+        total, changed, predicts = 0.0, 0, True
+        for (_, outputs), reference in zip(function.outputs(theta), self.reference, strict=True):
+            wide = tuple(f.double() for f in outputs)
+            total += float(squared_distance(function.geometry, wide, tuple(f.double() for f in reference)).sum())
+            moved = changed_predictions(function.geometry, outputs, reference)
+            predicts = predicts and moved is not None
+            changed += 0 if moved is None else int(moved.sum())
+        if not math.isfinite(total):
+            raise OutputError("outputs: the distance to the start is not finite")
+        distance = math.sqrt(total / self.num_examples)
+        share = changed / self.num_examples if predicts else math.nan
+        upper = changed_upper_bound(changed, self.num_examples) if predicts else math.nan
+        return Measured(distance, distance / self.spread, share, upper)
+
+
+def _spread(parts: list[Tensor]) -> float:
+    """Root mean square of |z_i - mean z|; 1 when all outputs are equal (or there is one), so that drift is a distance."""
+    widths = {part.shape[1] for part in parts}
+    if len(widths) > 1:
+        parts = [part.mean(1, keepdim=True) for part in parts]
+    z = torch.cat(parts)
+    spread = float((z - z.mean(0)).square().sum(1).mean().sqrt())
+    return spread if spread > 0 else 1.0

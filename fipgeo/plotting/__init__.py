@@ -1,0 +1,25 @@
+"""Plots of result records: Axes in, Axes out.
+
+Each function draws numbers that were computed elsewhere on the one Axes it is given (or on a new figure)
+and returns that Axes. Nothing is shown, saved or closed, and no style, backend or rcParams entry is
+changed. Calling a function again on the same Axes overlays another series in the next colour. Colours are
+those of the user's property cycle; while that is matplotlib's own default, the Okabe-Ito palette takes its
+place, which stays legible for colour-blind readers.
+
+matplotlib.pyplot is imported only when a new figure has to be made, so importing this module chooses no
+backend.
+"""
+
+from fipgeo.plotting.layers import plot_layer_sparsity
+from fipgeo.plotting.path import PathRecord, plot_path
+from fipgeo.plotting.spectrum import SpectrumRecord, plot_spectrum
+from fipgeo.plotting.svg import figure_svg
+
+__all__ = [
+    "PathRecord",
+    "SpectrumRecord",
+    "figure_svg",
+    "plot_layer_sparsity",
+    "plot_path",
+    "plot_spectrum",
+]

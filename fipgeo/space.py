@@ -1,0 +1,258 @@
+"""Weight space: which tensors of a module are coordinates, and in which order.
+
+Inside the algebra a parameter vector is flat, `[D]`; at the edges it is a dict of named tensors. `WeightSpace` alone
+owns the correspondence. Axis letters: D parameters, k stacked vectors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+Where = str | Iterable[str] | Callable[[str, Tensor], bool] | None
+"""How a subset of named tensors is chosen: a glob or several ("layer?.*.weight"), a predicate (name, tensor) -> bool,
+or None for "all that require a gradient"."""
+
+ALGEBRA_DTYPES = (torch.float32, torch.float64)
+
+
+def select(named: Mapping[str, Tensor], where: Where, *, argument: str = "params") -> list[str]:
+    """Names chosen by `where`, in the order of `named`.
+
+    Args:
+        named: Candidate tensors by name.
+        where: Glob, several globs (their union), predicate, or None for every tensor.
+        argument: What the caller's argument is called, for the message.
+
+    Returns:
+        The chosen names; never empty.
+
+    Raises:
+        ValueError: A glob (or the predicate) chose nothing; the nearest names are listed.
+
+    Examples:
+        >>> w = {"fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)}
+        >>> select(w, "*.weight")
+        ['fc.weight']
+    """
+    if where is None:
+        return list(named)
+    if callable(where):
+        chosen = [name for name, tensor in named.items() if where(name, tensor)]
+        if not chosen:
+            raise ValueError(f"{argument}: the predicate chose none of {len(named)} tensors: {_listing(named)}")
+        return chosen
+    patterns = [where] if isinstance(where, str) else list(where)
+    hits: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in named if fnmatchcase(name, pattern)]
+        if not found:
+            near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3)
+            raise ValueError(
+                f"{argument}: the pattern {pattern!r} matches none of {len(named)} tensors"
+                f" (nearest: {_listing(near or named)}); patterns are globs such as '*.weight'"
+            )
+        hits.update(found)
+    if not hits:
+        raise ValueError(f"{argument}: an empty list of patterns chooses nothing; leave it out to choose all")
+    return [name for name in named if name in hits]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSpace:
+    """Named tensors as the coordinates of R^D.
+
+    Build it with `WeightSpace.of(module)`. Tied weights count once, under their first name.
+
+    Attributes:
+        shapes: Shape by name; the order of this dict is the order of the coordinates.
+        dtype: Of flat vectors: the widest dtype of the tensors, and at least float32.
+        device: Where the tensors live.
+        aliases: Further names of tied tensors, each mapped to the name that carries the coordinates.
+
+    Examples:
+        >>> space = WeightSpace.of(nn.Linear(3, 2))
+        >>> space.dim, list(space.shapes)
+        (8, ['weight', 'bias'])
+        >>> v = torch.arange(8.0)
+        >>> bool((space.ravel(space.unravel(v)) == v).all())
+        True
+    """
+
+    shapes: Mapping[str, torch.Size]
+    dtype: torch.dtype
+    device: torch.device
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module, params: Where = None) -> WeightSpace:
+        """The space of a module's parameters.
+
+        Args:
+            module: Any module.
+            params: Which parameters are coordinates: a glob, several globs, a predicate (name, parameter) -> bool, or
+                None for all that require a gradient.
+
+        Returns:
+            The space; its order is that of `module.named_parameters()`.
+
+        Raises:
+            ValueError: Nothing is chosen, a chosen parameter is not float32, float64, bfloat16 or float16, or the
+                chosen parameters live on several devices.
+            NotImplementedError: A parameter is a DTensor (FSDP2, tensor parallel).
+        """
+        named = dict(module.named_parameters())
+        if not named:
+            raise ValueError(f"model: {type(module).__name__} has no parameters, so there is no weight space")
+        if params is None:
+            chosen = [name for name, p in named.items() if p.requires_grad]
+            if not chosen:
+                raise ValueError(
+                    "params: no parameter of the model requires a gradient; choose some with params='*'"
+                    " (all of them) or another pattern"
+                )
+        else:
+            chosen = select(named, params)
+        tensors = {name: named[name] for name in chosen}
+        _check_tensors(tensors)
+        first = {id(p): name for name, p in named.items()}
+        aliases = {
+            name: first[id(p)]
+            for name, p in module.named_parameters(remove_duplicate=False)
+            if first[id(p)] != name and first[id(p)] in tensors
+        }
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in tensors.values()) else torch.float32
+        return cls({n: p.shape for n, p in tensors.items()}, dtype, next(iter(tensors.values())).device, aliases)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors in the order of the coordinates."""
+        return list(self.shapes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of coordinates of every tensor."""
+        return [math.prod(shape) for shape in self.shapes.values()]
+
+    @property
+    def dim(self) -> int:
+        """D, the number of coordinates."""
+        return sum(self.sizes)
+
+    def slices(self) -> dict[str, slice]:
+        """Where each tensor's coordinates lie in a flat vector."""
+        out, start = {}, 0
+        for name, size in zip(self.shapes, self.sizes, strict=True):
+            out[name] = slice(start, start + size)
+            start += size
+        return out
+
+    def ravel(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors `[..., *shape]` to one flat tensor `[..., D]` in the space's dtype and device.
+
+        Raises:
+            ValueError: Names are missing or shapes differ; all mismatches are listed at once.
+        """
+        problems = []
+        lead: tuple[int, ...] | None = None
+        for name, shape in self.shapes.items():
+            tensor = tensors.get(name)
+            if tensor is None:
+                problems.append(f"{name} is missing")
+                continue
+            split = tensor.dim() - len(shape)
+            if split < 0 or tensor.shape[split:] != shape:
+                problems.append(f"{name} has shape {list(tensor.shape)}, expected [..., {_dims(shape)}]")
+            elif lead is None:
+                lead = tuple(tensor.shape[:split])
+            elif lead != tuple(tensor.shape[:split]):
+                problems.append(f"{name} has leading axes {list(tensor.shape[:split])}, the others {list(lead)}")
+        if problems:
+            raise ValueError("ravel: " + "; ".join(problems))
+        assert lead is not None
+        flat = [tensors[name].reshape(*lead, size) for name, size in zip(self.shapes, self.sizes, strict=True)]
+        return torch.cat([part.to(self.dtype) for part in flat], -1).to(self.device)
+
+    def unravel(self, vector: Tensor) -> dict[str, Tensor]:
+        """A flat tensor `[..., D]` to named views `[..., *shape]`, by one split.
+
+        Raises:
+            ValueError: The last axis is not D.
+        """
+        if vector.shape[-1:] != (self.dim,):
+            raise ValueError(f"unravel: got shape {list(vector.shape)}, expected the last axis to be D = {self.dim}")
+        parts = vector.split(self.sizes, -1)
+        lead = vector.shape[:-1]
+        return {name: part.reshape(lead + shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def point(self, module: nn.Module) -> Tensor:
+        """The module's weights as a flat copy `[D]`, detached."""
+        named = dict(module.named_parameters())
+        return self.ravel({name: named[name].detach() for name in self.shapes if name in named})
+
+    def assign_(self, module: nn.Module, vector: Tensor) -> None:
+        """Write a flat point `[D]` into the module's parameters, in place; nothing else of the module changes."""
+        named = dict(module.named_parameters())
+        values = self.unravel(vector)
+        missing = [name for name in values if name not in named]
+        if missing:
+            raise ValueError(f"assign_: the module has no parameters {_listing(missing)}")
+        with torch.no_grad():
+            for name, value in values.items():
+                named[name].copy_(value)
+
+    def displacement(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> Tensor:
+        """end - start as a flat vector `[D]`, from two state dicts (extra names are ignored, missing ones an error)."""
+        return self.ravel(end) - self.ravel(start)
+
+    def mask(self, where: Where) -> Tensor:
+        """Boolean `[D]`: True on the coordinates of the tensors that `where` chooses."""
+        chosen = set(select({name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}, where))
+        out = torch.zeros(self.dim, dtype=torch.bool, device=self.device)
+        for name, where_ in self.slices().items():
+            if name in chosen:
+                out[where_] = True
+        return out
+
+    def subset(self, where: Where) -> WeightSpace:
+        """The space of some of this one's tensors, in the same order."""
+        chosen = select({name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}, where)
+        return WeightSpace({n: self.shapes[n] for n in chosen}, self.dtype, self.device, self.aliases)
+
+    def __repr__(self) -> str:
+        return f"WeightSpace(D={self.dim:,} in {len(self.shapes)} tensors, {self.dtype}, {self.device})"
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse dtypes, layouts and devices that the algebra cannot hold; every offender is named."""
+    floats = (*ALGEBRA_DTYPES, torch.bfloat16, torch.float16)
+    wrong = [f"{name} ({p.dtype})" for name, p in tensors.items() if p.dtype not in floats]
+    if wrong:
+        raise ValueError(
+            f"params: {_listing(wrong)} cannot be a coordinate: expected float32, float64, bfloat16 or float16;"
+            " leave such tensors out with a pattern or a predicate"
+        )
+    sharded = [name for name, p in tensors.items() if type(p).__name__ == "DTensor" or hasattr(p.data, "device_mesh")]
+    if sharded:
+        raise NotImplementedError(
+            f"params: {_listing(sharded)} are DTensors (FSDP2 or tensor parallel), which are not supported;"
+            " gather the full parameters first"
+        )
+    devices = {str(p.device) for p in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"params: the chosen tensors live on several devices {sorted(devices)}; choose those of one")
+
+
+def _listing(names: Iterable[str], limit: int = 6) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return ", ".join(str(s) for s in shape)
