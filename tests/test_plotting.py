@@ -73,9 +73,7 @@ class PathStub:
 
 def make_path(num: int = 6, *, sparse: bool = False, **kwargs: Any) -> PathStub:
     points = [
-        PointStub(
-            i, 0.5 * i, 0.01 * i**2, 0.002 * i, 0.002 * i + 0.01, 2.0 - 0.1 * i, 0.1 * i if sparse else None
-        )
+        PointStub(i, 0.5 * i, 0.01 * i**2, 0.002 * i, 0.002 * i + 0.01, 2.0 - 0.1 * i, 0.1 * i if sparse else None)
         for i in range(num)
     ]
     return PathStub(points, **kwargs)
@@ -143,9 +141,7 @@ def test_only_the_given_axes_is_touched(name):
     assert DRAW[name](grid[0, 1]) is grid[0, 1]
     figure.draw_without_rendering()
     assert grid[0, 1].lines or grid[0, 1].patches
-    assert before == [
-        (ax.get_xlim(), ax.get_ylim(), ax.get_yscale(), len(ax.get_children())) for ax in others
-    ]
+    assert before == [(ax.get_xlim(), ax.get_ylim(), ax.get_yscale(), len(ax.get_children())) for ax in others]
     assert not any(ax.has_data() for ax in others)
     assert plt.gca() is current and plt.get_fignums() == numbers
     assert len(figure.axes) == 4
@@ -154,9 +150,7 @@ def test_only_the_given_axes_is_touched(name):
 @pytest.mark.parametrize("name", NEW)
 def test_global_state_is_unchanged(name, monkeypatch):
     for function in ("show", "savefig", "close", "tight_layout"):
-        monkeypatch.setattr(
-            plt, function, lambda *_, function=function, **__: pytest.fail(f"plt.{function} called")
-        )
+        monkeypatch.setattr(plt, function, lambda *_, function=function, **__: pytest.fail(f"plt.{function} called"))
     before, backend = dict(matplotlib.rcParams), matplotlib.get_backend()
     NEW[name]()
     assert dict(matplotlib.rcParams) == before and matplotlib.get_backend() == backend
@@ -194,9 +188,7 @@ def test_a_grid_or_figure_is_no_axes(draw):
 def test_user_cycle_is_respected(name):
     with matplotlib.rc_context({"axes.prop_cycle": cycler(color=["#123456", "#654321"])}):
         ax = DRAW[name](blank())
-        drawn = {to_rgb(line.get_color()) for line in ax.lines} | {
-            to_rgb(p.get_facecolor()) for p in ax.patches
-        }
+        drawn = {to_rgb(line.get_color()) for line in ax.lines} | {to_rgb(p.get_facecolor()) for p in ax.patches}
     assert to_rgb("#123456") in drawn and to_rgb("#0072B2") not in drawn
 
 
@@ -212,9 +204,7 @@ def test_spectrum_accepts_tensors_of_any_float_dtype(dtype):
     assert ax.get_yscale() == "log"
 
 
-@pytest.mark.parametrize(
-    "kind", [list, tuple, np.asarray, lambda v: [torch.tensor(x, requires_grad=True) for x in v]]
-)
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray, lambda v: [torch.tensor(x, requires_grad=True) for x in v]])
 def test_spectrum_accepts_other_sequences(kind):
     ax = plot_spectrum(kind([1.0, 3.0]), ax=blank())
     np.testing.assert_array_equal(y_of(ax.lines[0]), [3.0, 1.0])
@@ -257,6 +247,13 @@ def test_spectrum_of_zeros_only():
     ax = plot_spectrum(torch.zeros(4), ax=blank())
     assert "4 values ≤ 0" in texts(ax) and "numerical rank 0" in texts(ax)
     draw(ax)  # without a warning
+
+
+@pytest.mark.parametrize("values", [[0.0, np.nan], [np.nan], [np.inf, 1.0], [-1.0], [2.0]])
+def test_spectrum_of_few_finite_values(values):
+    ax = plot_spectrum(values, ax=blank())
+    draw(ax)  # without a warning
+    assert ax.get_xlim()[0] < 1 and ax.get_xlim()[1] > len(values)
 
 
 def test_spectrum_marks_the_rank_between_the_indices():

@@ -35,14 +35,16 @@ def lanczos(
         k: pairs, 1 <= k <= n. Eigenvalues beyond the rank come out as zeros to rounding.
         rtol: a pair is accurate when `|A v - lambda v| <= rtol max |lambda|`; at least 10 eps of the dtype is
             meant.
-        max_products: most products; None for `100 + 20 k`, at least `2 n` where n is small.
+        max_products: most products; None for `100 + 20 k`, or `2 n` (at most 1000) where that is more.
         basis_size: vectors in the basis, `2 basis_size n` numbers; None for `2 k + 20`, at most n.
         block_size: vectors a step, multiplied in one stack. Larger blocks need more products, but fewer
             passes.
         generator: start vectors; generator or seed, None for the fixed seed 0.
 
     Returns:
-        Spectrum. `complete` is set if a random block outside the k vectors was mapped to zero to rounding.
+        Spectrum. `complete`: a random block outside the k vectors was mapped to zero, to rounding. `STAGNATED`:
+        rounding or noise in the products kept residuals above `rtol`. `MAX_ITERATIONS`: the products were used
+        up; there may be fewer than k values, and copies may be missing.
 
     Raises:
         ValueError: if A is not square or not declared symmetric, or k, basis_size or block_size are out of
@@ -122,8 +124,8 @@ class _Subspace:
         self.t = torch.zeros(size, size, dtype=torch.float64)
         self.theta, self.s = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
         self.settled, self.relaxed = 0, False
-        self.last = (0, float("inf"))  # settled pairs and leading open residual when the basis was last full
-        self.leading = float("inf")
+        self.leading = float("inf")  # the largest residual in the first open block
+        self.best = (0, float("inf"), 0)  # settled pairs, leading residual and products when it last improved
         self.reference = self.theta
 
     @property
@@ -155,11 +157,11 @@ class _Subspace:
 
     def _relax(self) -> None:
         """Raise the tolerance to where rounding (or noise in the products) stopped the first open pair."""
-        settled, leading = self.last
-        stuck = self.settled <= settled and self.leading > 0.9 * leading
-        if stuck and self.leading <= 1000 * self.eps * self.scale:
+        settled, leading, products = self.best
+        if self.settled != settled or self.leading < 0.9 * leading:
+            self.best = (self.settled, self.leading, self.num_products)
+        elif self.num_products - products > len(self.v) and self.leading <= 1000 * self.eps * self.scale:
             self.rtol, self.relaxed = 2 * self.leading / self.scale, True
-        self.last = (self.settled, self.leading)
 
     def compress(self, keep: int) -> None:
         """Keep the leading Ritz vectors as the basis."""
@@ -201,8 +203,13 @@ class _Subspace:
         return bool((self.theta[: self.k] - self.reference).abs().max() > self.rtol * self.scale)
 
     def annihilates(self, start: int) -> bool:
-        """Whether A maps the basis vectors from `start` on to zero, to rounding."""
-        return bool((norms(self.w[start : self.used]) <= 100 * self.eps * self.scale).all())
+        """Whether A maps the basis vectors from `start` on into the span of those before, to rounding.
+
+        Pairs that are known to `rtol` leave a part of relative size `rtol^2` of themselves in the complement.
+        """
+        known, w = self.v[:start], self.w[start : self.used]
+        outside = norms(w - inner(w, known).to(w.dtype) @ known)
+        return bool((outside <= (100 * self.eps + self.rtol**2) * self.scale).all())
 
     def settles(self, steps: int) -> bool:
         """Whether the next Ritz value will stay below the k largest, as far as its residual tells."""

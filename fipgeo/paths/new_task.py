@@ -32,7 +32,7 @@ class NewTask(Objective):
         epochs: Passes over the new data.
         lr: Learning rate.
         momentum: Heavy-ball coefficient.
-        clip: Gradients longer than this are shortened to it.
+        clip: Steps v longer than this are shortened to it, before the learning rate.
         refresh: Minibatches in a step, all under the metric at its start.
         hold_zeros: Weights that are exactly zero stay so (after a sparse path).
         num_batches: Minibatches in an epoch.
@@ -72,8 +72,8 @@ class NewTask(Objective):
         theta, losses, cost = position.theta, [], 0.0 if moves is None else moves.cost
         for batch in self._stream(seen, count):
             loss, gradient, used = self._loss(kept, replace(position, theta=theta), batch)
-            wish = -gradient * mask * min(1.0, self.clip / max(float(gradient.norm()), 1e-30))
-            velocity = self.momentum * velocity + (wish if moves is None else moves.passed(wish))
+            step = -gradient * mask if moves is None else moves.passed(-gradient * mask)
+            velocity = self.momentum * velocity + step * min(1.0, self.clip / max(float(step.norm()), 1e-30))
             rate = self.lr * size * 0.5 * (1 + math.cos(math.pi * seen / self.total))
             theta = torch.where(free, theta + rate * velocity, theta)
             losses.append(loss)

@@ -96,9 +96,7 @@ def new_axes(figsize: tuple[float, float] | None = None) -> Axes:
     return plt.subplots(layout="constrained", figsize=figsize)[1]
 
 
-def series_style(
-    ax: Axes, gid: str, kwargs: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
+def series_style(ax: Axes, gid: str, kwargs: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Line properties of the next series: the caller's, else those of the next place."""
     place = len(artists(ax, gid))
     style = {"marker": MARKERS[place % len(MARKERS)], "gid": gid, **defaults}

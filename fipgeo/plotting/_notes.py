@@ -46,9 +46,7 @@ def arrange_top_notes(ax: Axes, inner: str, outer: str) -> float:
         turned = bool(outer_lines) and text.get_gid() == inner
         to_left = anchor + length > width or (turned and anchor > length)
         extent = (anchor - length, anchor) if to_left else (anchor, anchor + length)
-        row = next(
-            (i for i, taken in enumerate(rows) if all(_apart(extent, other) for other in taken)), len(rows)
-        )
+        row = next((i for i, taken in enumerate(rows) if all(_apart(extent, other) for other in taken)), len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(extent)

@@ -109,9 +109,7 @@ def plot_layer_sparsity(
 
 def _read(layers: Any) -> _Content:
     if not isinstance(layers, Mapping):
-        raise TypeError(
-            f"layers must map names to (zeros, size), but a {type(layers).__name__} came; pass a dict"
-        )
+        raise TypeError(f"layers must map names to (zeros, size), but a {type(layers).__name__} came; pass a dict")
     if not layers:
         raise ValueError("layers is empty; at least one layer is needed to draw")
     names = [str(name) for name in layers]
@@ -151,9 +149,7 @@ def _draw_bars(ax: Axes, content: _Content, label: str | None, kwargs: dict[str,
         style["color"] = PALETTE[0]
     style |= normalize_kwargs(kwargs, Rectangle)
     # The track comes with a colour of its own and thus leaves the property cycle at its first place.
-    for track in ax.barh(
-        places, 1.0, height=style["height"], color=GREY, alpha=0.13, linewidth=0, zorder=1.0
-    ):
+    for track in ax.barh(places, 1.0, height=style["height"], color=GREY, alpha=0.13, linewidth=0, zorder=1.0):
         track.set_gid(_TRACK)
     bars = ax.barh(places, np.nan_to_num(content.shares), **style)
     color = bars.patches[0].get_facecolor()
@@ -261,9 +257,8 @@ def _draw_markers(
 def _draw_line(ax: Axes, share: float, name: str, color: Any, gid: str) -> None:
     solid = gid == _TARGET
     dashes = "-" if solid else (0, (4, 3))
-    line = ax.axvline(
-        share, color=color, gid=gid, linestyle=dashes, linewidth=0.8 if solid else 1.3, zorder=2.6
-    )
+    line = ax.axvline(share, color=color, gid=gid, linestyle=dashes, linewidth=0.8 if solid else 1.3)
+    line.set_zorder(2.6 if solid else 2.7)  # dashes over the target, which they often meet
     line.set_path_effects([withStroke(linewidth=3.0, foreground=ax.get_facecolor())])
     text = f"{name} {100 * share:.3g} %"
     note(ax, text, (share, 0.0), "data", gid=gid, color=color, va="center_baseline")
@@ -271,9 +266,7 @@ def _draw_line(ax: Axes, share: float, name: str, color: Any, gid: str) -> None:
 
 def _arrange(ax: Axes, rows: int) -> None:
     """Give each line's note a row of its own above the bars, and the legend the strip above the frame."""
-    notes = [
-        text for text in ax.texts if isinstance(text, Annotation) and text.get_gid() in (_GLOBAL, _TARGET)
-    ]
+    notes = [text for text in ax.texts if isinstance(text, Annotation) and text.get_gid() in (_GLOBAL, _TARGET)]
     for place, text in enumerate(notes):
         text.xy = (text.xy[0], -1.0 - place)
         turn_to_room(ax, text)

@@ -57,11 +57,11 @@ def plot_path(
 ) -> dict[str, Axes]:
     """Draw a path as small multiples over its arc length: drift, changed predictions, and what was won.
 
-    The panels are ``"drift"`` (distance to the start's outputs as a share of their spread, the budget shaded), ``"changed"`` (share of
-    changed predictions with the band up to its upper confidence bound) and ``"sparsity"`` (share of zero
-    weights) where the path has one, else ``"objective"``. The line joins the accepted points; rejected ones
-    stand beside it, hollow. A star marks the best point. Numbers that are not finite leave a gap, and a
-    panel without any finite number says so.
+    The panels are ``"drift"`` (distance to the outputs at the start as a share of their spread, the budget
+    shaded), ``"changed"`` (share of changed predictions with the band up to its upper confidence bound) and
+    ``"sparsity"`` (share of zero weights) where that changes, else ``"objective"``. The line joins the accepted
+    points; rejected ones, if the record has any, stand beside it, hollow. A star marks the best point. Numbers
+    that are not finite leave a gap, and a panel without any finite number says so.
 
     Args:
         path: A record such as `fipgeo.paths.PathResult`.
@@ -91,9 +91,7 @@ def plot_path(
         [0.0, 0.5, 1.0]
     """
     if not isinstance(path, PathRecord):
-        raise TypeError(
-            f"path must have .points and .budget, but a {type(path).__name__} came; pass a PathResult"
-        )
+        raise TypeError(f"path must have .points and .budget, but a {type(path).__name__} came; pass a PathResult")
     if len(path.points) == 0:
         raise ValueError("path.points is empty; at least the starting point is needed to draw")
     column = {name: _column(path, name) for name in ("arc_length", "changed_upper", *_PANELS)}
@@ -130,9 +128,7 @@ def _panels(axes: Any, gain: str) -> dict[str, Axes]:
     if axes is None:
         return dict(zip(names, new_stack(len(names)), strict=True))
     if isinstance(axes, Axes):
-        raise TypeError(
-            "axes must hold one Axes for each panel, but a single one came; pass e.g. {'drift': ax}"
-        )
+        raise TypeError("axes must hold one Axes for each panel, but a single one came; pass e.g. {'drift': ax}")
     if not isinstance(axes, Mapping):
         given = list(np.ravel(np.asarray(axes, dtype=object)))
         if len(given) != len(names):
@@ -191,9 +187,7 @@ def _draw_budget(ax: Axes, budget: float, color: Any) -> None:
     """A dashed line at the budget, once for each value; what lies beneath the first one is shaded."""
     if not math.isfinite(budget):
         return
-    earlier = [
-        float(np.asarray(line.get_ydata())[0]) for line in artists(ax, _BUDGET) if isinstance(line, Line2D)
-    ]
+    earlier = [float(np.asarray(line.get_ydata())[0]) for line in artists(ax, _BUDGET) if isinstance(line, Line2D)]
     if budget in earlier:
         return
     if not earlier:

@@ -129,9 +129,7 @@ def plot_spectrum(
 
 
 def _read(spectrum: Any, *, rank: Any, tol: Any, rank_bound: Any, held_out: Any) -> _Content:
-    record = (
-        spectrum if isinstance(spectrum, SpectrumRecord) and not isinstance(spectrum, torch.Tensor) else None
-    )
+    record = spectrum if isinstance(spectrum, SpectrumRecord) and not isinstance(spectrum, torch.Tensor) else None
     raw = spectrum if record is None else record.values
     values = as_numpy(raw, "spectrum" if record is None else "spectrum.values")
     if record is not None:
@@ -153,11 +151,11 @@ def _read(spectrum: Any, *, rank: Any, tol: Any, rank_bound: Any, held_out: Any)
     values, held_out = values[order], None if held_out is None else held_out[order]
     known = values[: int(finite.sum())]
 
-    own = getattr(record, "rank", None) if tol is None else None  # a record may also doubt values above tol
+    own: Any = getattr(record, "rank", None) if tol is None else None  # a record may also doubt values above tol
     tol = _default_tol(record, known, float_eps(raw)) if tol is None else float(tol)
     above = int((known > tol).sum())
     if rank is None and (above < known.size or bool(getattr(record, "complete", False))):
-        rank = min(above, int(own())) if callable(own) else above
+        rank = above if own is None else min(above, int(own()))
     captured = getattr(record, "captured", None)
     captured = None if captured is None else float(captured)
     return _Content(values, held_out, tol, rank, rank_bound, captured)
@@ -268,19 +266,16 @@ def _draw_not_finite(ax: Axes, content: _Content) -> None:
     bad = ~np.isfinite(content.values)
     if content.held_out is not None:
         bad |= ~np.isfinite(content.held_out)
-    if bad.any():
-        ax.plot(
-            index[bad],
-            np.full(int(bad.sum()), 0.02),
-            linestyle="none",
-            marker="x",
-            markersize=5,
-            color=GREY,
-            transform=ax.get_xaxis_transform(),
-            clip_on=False,
-            gid=_NOT_FINITE,
-            label=f"{int(bad.sum())} not finite (NaN, inf)",
-        )
+    if not bad.any():
+        return
+    # add_artist leaves the y limits alone: heights in axes units would confuse a log autoscale.
+    look: dict[str, Any] = {"linestyle": "none", "marker": "x", "markersize": 5, "color": GREY, "clip_on": False}
+    crosses = Line2D(index[bad], np.full(int(bad.sum()), 0.02), transform=ax.get_xaxis_transform(), **look)
+    crosses.set_gid(_NOT_FINITE)
+    crosses.set_label(f"{int(bad.sum())} not finite (NaN, inf)")
+    ax.add_artist(crosses)
+    ax.update_datalim(np.column_stack([index[bad], np.ones(int(bad.sum()))]), updatey=False)
+    ax.autoscale_view(scaley=False)
 
 
 def _draw_rank(ax: Axes, content: _Content, color: Any) -> None:

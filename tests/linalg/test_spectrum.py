@@ -125,7 +125,7 @@ def test_products_come_in_stacks_and_stay_few() -> None:
     for block_size in (1, 4):
         counting = Counting(Dense(dense, psd=True))
         found = lanczos(counting, 10, block_size=block_size)
-        assert found.ok and counting.calls <= found.num_products / block_size + 3
+        assert found.ok and counting.calls <= 1.3 * found.num_products / block_size + 3
         products[block_size] = found.num_products
     assert products[1] < 60 and products[4] < 100
 

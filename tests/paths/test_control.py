@@ -1,0 +1,95 @@
+"""Laws of the step-size control, over random controls and drifts."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fipgeo import StepControl
+
+POSITIVE = st.floats(1e-6, 1e3)
+ADDED = st.floats(-10, 10)
+
+
+@st.composite
+def controls(draw: st.DrawFn) -> StepControl:
+    smallest, initial, largest = sorted(draw(st.tuples(POSITIVE, POSITIVE, POSITIVE)))
+    return StepControl(initial, smallest, largest, draw(POSITIVE), draw(st.floats(1.01, 100)))
+
+
+@st.composite
+def controls_and_sizes(draw: st.DrawFn) -> tuple[StepControl, float]:
+    control = draw(controls())
+    return control, draw(st.floats(control.smallest, control.largest))
+
+
+@given(controls_and_sizes(), ADDED)
+def test_the_next_size_is_in_range_and_near_the_last(case: tuple[StepControl, float], added: float) -> None:
+    control, size = case
+    following = control.following(size, added=added)
+    assert control.smallest <= following <= control.largest
+    assert following <= 1.5 * size * (1 + 1e-12)
+    assert following >= min(0.5 * size, control.largest) * (1 - 1e-12)
+
+
+@given(controls_and_sizes(), ADDED, ADDED)
+def test_more_drift_never_gives_a_larger_step(case: tuple[StepControl, float], one: float, two: float) -> None:
+    control, size = case
+    assert control.following(size, added=max(one, two)) <= control.following(size, added=min(one, two))
+
+
+@given(controls_and_sizes())
+def test_a_step_that_adds_the_tolerance_is_repeated(case: tuple[StepControl, float]) -> None:
+    control, size = case
+    assert control.following(size, added=control.tolerance) == size
+
+
+@given(controls_and_sizes(), ADDED, st.floats(0, 10), st.none() | st.floats(1e-3, 10))
+def test_no_step_beyond_the_budget_is_accepted(
+    case: tuple[StepControl, float], added: float, drift: float, budget: float | None
+) -> None:
+    control, size = case
+    accepted = control.accepts(size, added=added, drift=drift, budget=budget)
+    if budget is not None and drift > budget:
+        assert not accepted
+    elif size == control.smallest or added <= control.refuse * control.tolerance:
+        assert accepted
+    else:
+        assert not accepted
+
+
+@given(controls_and_sizes(), st.none() | st.floats(1e-3, 10))
+def test_a_drift_that_is_no_number_is_never_accepted_within_a_budget(
+    case: tuple[StepControl, float], budget: float | None
+) -> None:
+    control, size = case
+    for value in (math.nan, math.inf):
+        assert not control.accepts(size, added=value, drift=value, budget=0.5 if budget is None else budget)
+
+
+@given(controls_and_sizes())
+def test_refusals_end_at_the_smallest_size(case: tuple[StepControl, float]) -> None:
+    control, size = case
+    tries = 0
+    while size > control.smallest:
+        smaller = control.smaller(size)
+        assert control.smallest <= smaller < size
+        size, tries = smaller, tries + 1
+    assert tries <= math.log2(control.largest / control.smallest) + 1
+    assert control.smaller(size) == control.smallest
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0.0, 0.1, 0.2), (0.2, 0.1, 0.3), (0.1, 0.4, 0.3), (-0.1, 0.1, 0.2), (math.nan, 0.1, 0.2)]
+)
+def test_sizes_out_of_order_are_refused(sizes: tuple[float, float, float]) -> None:
+    smallest, initial, largest = sizes
+    with pytest.raises(ValueError, match=r"0 < smallest <= initial <= largest"):
+        StepControl(initial, smallest, largest, tolerance=0.1)
+
+
+@pytest.mark.parametrize(("tolerance", "refuse"), [(0.0, 4.0), (-1.0, 4.0), (0.1, 1.0), (math.nan, 4.0)])
+def test_useless_tolerances_are_refused(tolerance: float, refuse: float) -> None:
+    with pytest.raises(ValueError, match="tolerance"):
+        StepControl(0.2, 0.1, 0.4, tolerance, refuse)
