@@ -37,7 +37,7 @@ def normal_gap(root: Tensor, count: int, free: Tensor, r: Tensor, w: Tensor, mu:
 
 
 @given(SEEDS, DAMPINGS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_moves_are_the_least_squares_argmin(seed: int, damping: float) -> None:
     kept, position, root = setup(seed)
     free, r = some(seed, root.shape[1]), draw(seed + 2, root.shape[0])
@@ -54,7 +54,7 @@ def test_moves_are_the_least_squares_argmin(seed: int, damping: float) -> None:
 
 
 @given(SEEDS, DAMPINGS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_damping_is_in_units_of_the_mean_nonzero_eigenvalue(seed: int, damping: float) -> None:
     kept, position, root = setup(seed)
     free = some(seed, root.shape[1])
@@ -65,7 +65,7 @@ def test_damping_is_in_units_of_the_mean_nonzero_eigenvalue(seed: int, damping: 
 
 
 @given(SEEDS, DAMPINGS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_the_predictor_is_the_damped_inverse_of_the_dense_metric(seed: int, damping: float) -> None:
     kept, position, root = setup(seed)
     dim = root.shape[1]
@@ -77,7 +77,7 @@ def test_the_predictor_is_the_damped_inverse_of_the_dense_metric(seed: int, damp
 
 
 @given(SEEDS, DAMPINGS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_the_predictor_keeps_the_wish_off_the_free_weights(seed: int, damping: float) -> None:
     kept, position, root = setup(seed)
     free, d = some(seed, root.shape[1]), draw(seed + 2, root.shape[1])
@@ -90,7 +90,7 @@ def test_the_predictor_keeps_the_wish_off_the_free_weights(seed: int, damping: f
 
 
 @given(SEEDS)
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_little_damping_projects_on_the_null_space_and_much_passes_all(seed: int) -> None:
     kept, position, root = setup(seed)
     dim = root.shape[1]
@@ -105,7 +105,7 @@ def test_little_damping_projects_on_the_null_space_and_much_passes_all(seed: int
 
 
 @given(SEEDS)
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_more_damping_moves_less_and_undoes_less(seed: int) -> None:
     kept, position, root = setup(seed)
     free, r = some(seed, root.shape[1]), draw(seed + 2, root.shape[0])
@@ -117,7 +117,7 @@ def test_more_damping_moves_less_and_undoes_less(seed: int) -> None:
 
 
 @given(SEEDS, st.floats(-2, 1).map(lambda e: 10.0**e))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_factored_and_iterated_routes_agree(seed: int, damping: float) -> None:
     kept, position, root = setup(seed)
     free, r = some(seed, root.shape[1]), draw(seed + 2, root.shape[0])
@@ -151,18 +151,17 @@ def test_no_free_weight_means_no_move() -> None:
 
 @pytest.mark.parametrize("damping", [1e-6, 1e-4])
 def test_single_precision_with_dependent_rows_is_solved(damping: float) -> None:
-    # centred logits make R R^T singular; in float32 its rounding exceeds the damping of a converged corrector
-    model, x = mlp(0, hidden=4).float(), inputs(1, 60).float()
+    # centred logits make R R^T singular, and inputs with a common part make one eigenvalue large: rounded to float32
+    # the matrix has negative eigenvalues beyond the damping that a converged corrector uses
+    model, x = mlp(0, hidden=60).float(), (1 + 0.05 * inputs(1, 100)).float()
     kept = kept_of(model, x)
     position = Position(kept.function.map.point())
-    root = jacobian_by_backward(mlp(0, hidden=4).float().double(), x.double())
-    free = torch.ones(root.shape[1], dtype=torch.bool)
-    r = root @ draw(5, root.shape[1])
-    moves = Compensation(kept, position, free, damping=damping)
-    w = moves(r.float())
+    dim = len(position.theta)
+    moves = Compensation(kept, position, torch.ones(dim, dtype=torch.bool), damping=damping)
+    r = moves.root(draw(5, dim).float())
+    w = moves(r)
     assert w.dtype == torch.float32
-    left = float((r + root @ w.double()).norm() / r.norm())
-    assert left < 0.05
+    assert float((r + moves.root(w)).norm() / r.norm()) < 0.01
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, math.nan])

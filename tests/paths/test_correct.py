@@ -15,7 +15,7 @@ from fipgeo.paths import Compensation, Correction, Corrector, Kept, Position
 from .toys import draw, filled, inputs, kept_of, loaded, mlp, same_bits, same_tensors
 
 SEEDS = st.integers(0, 10**6)
-KINDS = {"gauss-newton": GaussNewton(), "first-order": FirstOrder(steps=30, batch_size=16, lr=0.01)}
+KINDS = {"gauss-newton": GaussNewton(), "first-order": FirstOrder(steps=20, batch_size=16, lr=0.01)}
 
 
 def perturbed(seed: int, size: float, *, norm: bool = False, x: object = None) -> tuple[Kept, Position, Tensor]:
@@ -33,7 +33,7 @@ def correct(
 
 
 @given(SEEDS, st.floats(-3, 1).map(lambda e: 10.0**e), st.booleans(), st.booleans())
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_gauss_newton_never_increases_the_loss(seed: int, size: float, norm: bool, subset: bool) -> None:
     kept, position, free = perturbed(seed, size, norm=norm)
     corrector = GaussNewton(steps=2, max_rows=30 if subset else 1024)
@@ -48,7 +48,7 @@ def test_gauss_newton_never_increases_the_loss(seed: int, size: float, norm: boo
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", [False, True])
 @given(seed=SEEDS)
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_both_lower_the_loss_and_leave_frozen_weights_bit_identical(kind: str, norm: bool, seed: int) -> None:
     kept, position, free = perturbed(seed, 0.2, norm=norm)
     found = correct(KINDS[kind], kept, position, free)
@@ -145,9 +145,10 @@ class Growing(nn.Module):
 
 
 def test_a_trial_step_that_overflows_is_refused_not_raised() -> None:
-    kept = kept_of(filled(Growing(), 0), inputs(0, 20), "euclidean")
+    kept = kept_of(filled(Growing(), 0), 0.1 * inputs(0, 20), "euclidean")
     theta = kept.function.map.point()
-    position = Position(theta - 4)  # here the Jacobian is tiny, so the undamped step is far too long
+    theta[-3:] -= 4  # with such biases the Jacobian is tiny, so the undamped step is far too long
+    position = Position(theta)
     found = correct(GaussNewton(damping=1e-6), kept, position, torch.ones_like(theta, dtype=torch.bool))
     assert kept.loss(found.position) <= kept.loss(position)
 

@@ -141,9 +141,9 @@ def test_structured_outputs_are_measured_together() -> None:
 
 
 def test_one_output_for_all_inputs_has_a_distance_all_the_same() -> None:
-    model = nn.Linear(5, 3)
+    model = filled(nn.Linear(5, 3), 0)
     with torch.no_grad():
-        model.weight.zero_()
+        model.weight.zero_()  # type: ignore[operator]
     field = MetricField(model, inputs(0, 6), Categorical())
     verdict = Verdict(field.function, field.map.point())
     found = verdict.measure(field.map.point() + 0.1 * draw(1, field.space.dim))

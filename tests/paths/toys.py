@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fipgeo import FirstOrder, GaussNewton, Method, MetricField, PathResult, Sparsity, StepControl, walk
+from fipgeo import FirstOrder, GaussNewton, Method, MetricField, PathPoint, PathResult, Sparsity, StepControl, walk
 from fipgeo.paths import Corrector, Kept
 
 FEATURES, CLASSES = 5, 3
@@ -39,7 +39,7 @@ def filled(model: nn.Module, seed: int) -> nn.Module:
             p.copy_(scale * torch.randn(p.shape, generator=source, dtype=p.dtype))
         for m in model.modules():
             if isinstance(m, nn.BatchNorm1d) and m.running_mean is not None and m.running_var is not None:
-                m.weight += 1
+                m.weight.add_(1)
                 m.running_mean.copy_(0.2 * torch.randn(m.num_features, generator=source))
                 m.running_var.copy_(0.5 + torch.rand(m.num_features, generator=source))
     return model
@@ -91,12 +91,20 @@ def sparse_path(
     return walk(field, objective, method(corrector, **(options or {})), **walking)
 
 
-def zeros(tensors: Mapping[str, Tensor], names: list[str]) -> int:
+def stored(point: PathPoint) -> Mapping[str, Tensor]:
+    """The tensors of a point that has some."""
+    assert point.tensors is not None
+    return point.tensors
+
+
+def zeros(tensors: Mapping[str, Tensor] | None, names: list[str]) -> int:
+    assert tensors is not None
     return sum(int((tensors[name] == 0).sum()) for name in names)
 
 
-def loaded(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+def loaded(model: nn.Module, tensors: Mapping[str, Tensor] | None) -> nn.Module:
     """A copy of the model in eval mode that holds these weights and buffers, by torch's own means."""
+    assert tensors is not None
     other = copy.deepcopy(model)
     report = other.load_state_dict(dict(tensors), strict=False)
     assert not report.unexpected_keys

@@ -1,0 +1,304 @@
+"""Whole walks: budget, independent measurement, disjoint inputs, kinds of data, callbacks, reproducibility."""
+
+import importlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import fipgeo
+from fipgeo import Categorical, FirstOrder, GaussNewton, PathResult, SaturationWarning, adapt, sparsify
+from fipgeo.jacobian import EmbeddedOutputs
+from fipgeo.paths import Correction, Corrector, Verdict
+
+from .toys import (
+    CORRECTORS,
+    draw,
+    filled,
+    inputs,
+    labels,
+    loaded,
+    mlp,
+    same_paths,
+    sparse_path,
+    stored,
+    verdict_by_hand,
+    weight_names,
+    zeros,
+)
+
+SEEDS = st.integers(0, 10**6)
+WALK = importlib.import_module("fipgeo.paths.walk")  # the name `walk` in the package is the function
+
+
+def adapted(model: nn.Module, seed: int = 5, **options: Any) -> PathResult:
+    """Three quick steps on random new labels."""
+    new = (draw(seed, 60, 5), labels(seed, 60))
+    settings: dict[str, Any] = {"keep": inputs(1, 30), "epochs": 5, "batch_size": 10, "lr": 0.2, "store": "all"}
+    return adapt(model, new, cross_entropy, **(settings | options))
+
+
+@pytest.mark.parametrize("kind", [*CORRECTORS, "adapt"])
+@given(seed=SEEDS)
+@settings(max_examples=2)
+def test_points_measure_what_plain_torch_measures(kind: str, seed: int) -> None:
+    model, held_out = mlp(seed, norm=True).train(), inputs(seed + 1, 25)
+    if kind == "adapt":
+        path = adapted(model, seed, held_out=held_out, budget=None, epochs=4)
+    else:
+        path = sparse_path(
+            model, inputs(seed, 30), 0.5, corrector=CORRECTORS[kind], held_out=fipgeo.as_batches(held_out)
+        )
+    assert (path[0].distance, path[0].drift, path[0].changed, path[0].step_norm) == (0.0, 0.0, 0.0, 0.0)
+    start, arc = loaded(model, {}), 0.0
+    for before, point in zip(path, path[1:], strict=False):
+        distance, drift, changed = verdict_by_hand(start, loaded(model, point.tensors), held_out)
+        assert point.distance == pytest.approx(distance, rel=1e-10)
+        assert point.drift == pytest.approx(drift, rel=1e-10)
+        assert point.changed == pytest.approx(changed, abs=1e-15) and point.num_held_out == 25
+        names = [n for n, _ in model.named_parameters()]
+        gaps = [float((stored(point)[n] - stored(before)[n]).square().sum()) for n in names]
+        arc += math.sqrt(sum(gaps))
+        assert point.step_norm == pytest.approx(math.sqrt(sum(gaps)), rel=1e-10)
+        assert point.arc_length == pytest.approx(arc, rel=1e-10)
+    assert [p.step for p in path] == list(range(len(path)))
+    assert [p.cost for p in path] == sorted({p.cost for p in path})
+    assert [p.seconds for p in path] == sorted(p.seconds for p in path)
+
+
+@pytest.mark.parametrize("corrector", CORRECTORS.values(), ids=CORRECTORS)
+@given(seed=SEEDS, budget=st.floats(0.15, 0.6))
+@settings(max_examples=2)
+def test_no_accepted_point_exceeds_the_budget(corrector: Corrector, seed: int, budget: float) -> None:
+    try:
+        path = sparse_path(mlp(seed), inputs(seed, 30), 0.95, corrector=corrector, options={"budget": budget})
+    except ValueError as error:
+        assert "is below the first step" in str(error)
+        return
+    assert path.budget == budget and all(p.drift <= budget for p in path)
+    assert path.outcome in ("budget", "reached")
+    assert path.outcome == "reached" or ("budget" in path.message and path[-1].sparsity < 0.95)
+
+
+@given(seed=SEEDS)
+@settings(max_examples=2)
+def test_learning_stays_within_the_budget(seed: int) -> None:
+    path = adapted(mlp(seed), seed, budget=0.02)
+    assert all(p.drift <= 0.02 for p in path)
+
+
+class Spy(Corrector):
+    """Notes the inputs that steps are taken on."""
+
+    def __init__(self, inner: Corrector) -> None:
+        self.inner, self.rows = inner, torch.zeros(0, 5)
+
+    def correct(self, kept: Any, *args: Any, **options: Any) -> Correction:
+        self.rows = torch.cat([b if isinstance(b, Tensor) else b[0] for b in kept.batches])
+        return self.inner.correct(kept, *args, **options)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list", "loader"])
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_the_verdicts_inputs_are_not_those_of_the_steps(
+    kind: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = inputs(3, 40)
+    held: list[Tensor] = []
+
+    class Watched(Verdict):
+        def __init__(self, function: EmbeddedOutputs, theta: Tensor) -> None:
+            held.append(torch.cat([b if isinstance(b, Tensor) else b[0] for b in function.batches]))
+            super().__init__(function, theta)
+
+    monkeypatch.setattr(WALK, "Verdict", Watched)
+    spy = Spy(CORRECTORS["first-order"])
+    data = {"tensor": x, "list": list(x.split(7)), "loader": DataLoader(TensorDataset(x), batch_size=7, shuffle=True)}
+    path = sparse_path(mlp(0), data[kind], 0.3, corrector=spy, held_out=share)
+    used, unused = {tuple(r.tolist()) for r in spy.rows}, {tuple(r.tolist()) for r in held[0]}
+    assert not used & unused
+    assert used | unused == {tuple(r.tolist()) for r in x}
+    assert len(unused) == path[0].num_held_out == round(share * 40)
+
+
+class Keyword(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, shift: Tensor) -> Mapping[str, Tensor]:
+        return {"logits": self.inner(x) + shift}
+
+
+def test_a_list_and_a_loader_walk_as_their_joined_tensor_does() -> None:
+    x = inputs(3, 40)
+    walked = sparse_path(mlp(0), fipgeo.as_batches(x, 8), 0.5)
+    same_paths(walked, sparse_path(mlp(0), list(x.split(8)), 0.5))
+    pairs = DataLoader(TensorDataset(x, labels(0, 40)), batch_size=8)
+    same_paths(walked, sparse_path(mlp(0), pairs, 0.5))
+    same_paths(walked, sparse_path(mlp(0), [(b, labels(0, 8)) for b in x.split(8)], 0.5))
+
+
+@pytest.mark.parametrize("form", ["tensors", "list of mappings"])
+def test_mappings_walk_too(form: str) -> None:
+    x, shift = inputs(3, 40), draw(4, 40, 1)
+    model = Keyword(mlp(0))
+    batches = [{"x": a, "shift": b} for a, b in zip(x.split(8), shift.split(8), strict=True)]
+    path = sparse_path(model, {"x": x, "shift": shift} if form == "tensors" else batches, 0.5)
+    assert path.outcome == "reached" and zeros(path[-1].tensors, ["inner.0.weight", "inner.2.weight"]) == 24
+
+
+def test_batches_of_unlike_shapes_are_split_whole() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).mean(1)
+
+    batches = [draw(i, 4, 2 + i % 3, 5) for i in range(10)]
+    path = sparse_path(Mean(), batches, 0.4, held_out=0.3)
+    assert path.outcome == "reached" and path[0].num_held_out == 12
+
+
+def test_callbacks_get_flat_numbers_of_every_accepted_point() -> None:
+    seen: list[Mapping[str, float]] = []
+    path = sparse_path(mlp(0), inputs(3, 40), 0.5, callback=seen.append)
+    assert len(seen) == len(path) - 1
+    for info, point in zip(seen, path[1:], strict=True):
+        assert all(isinstance(k, str) and type(v) in (int, float) for k, v in info.items())
+        assert info == point.to_dict()
+
+
+def test_silence_unless_asked_for_a_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    sparse_path(mlp(0), inputs(3, 40), 0.3)
+    adapted(mlp(0), epochs=2)
+    assert capfd.readouterr() == ("", "")
+    sparse_path(mlp(0), inputs(3, 40), 0.3, progress=True)
+    out, err = capfd.readouterr()
+    assert out == "" and "sparsity 0.29" in err and "drift" in err  # 14 of 48
+
+
+@pytest.mark.parametrize("kind", [*CORRECTORS, "adapt"])
+def test_the_same_seed_gives_the_same_bytes_whatever_the_global_streams(kind: str) -> None:
+    def walked(generator: torch.Generator | int | None) -> PathResult:
+        _ = torch.rand(1), np.random.rand(1)  # the global streams move, the path does not
+        if kind == "adapt":
+            return adapted(mlp(0, norm=True), epochs=2, generator=generator)
+        return sparse_path(mlp(0, norm=True), inputs(3, 24), 0.3, corrector=CORRECTORS[kind], generator=generator)
+
+    one = walked(7)
+    same_paths(one, walked(torch.Generator().manual_seed(7)))
+    assert walked(8)[-1].drift != one[-1].drift
+
+
+def test_only_the_last_point_is_kept_on_request() -> None:
+    full, thin = (sparse_path(mlp(0), inputs(3, 40), 0.6, options={"store": s}) for s in ("all", "last"))
+    assert all(p.tensors is not None for p in full)
+    assert [p.tensors is not None for p in thin] == [True, *[False] * (len(thin) - 2), True]
+    same_paths(full.thinned([0, -1]), thin)
+
+
+def test_a_path_stops_after_max_steps_and_says_how_to_go_on() -> None:
+    path = sparse_path(mlp(0), inputs(3, 40), 0.9, options={"max_steps": 2})
+    assert len(path) == 3 and path.outcome == "max_steps" and "resume" in path.message
+
+
+def test_parameters_that_do_not_move_are_left_alone() -> None:
+    model = mlp(0)
+    model[0].weight.requires_grad_(False)  # type: ignore[index]
+    path = sparse_path(model, inputs(3, 40), 0.5)
+    assert "0.weight" not in path[-1].tensors and zeros(path[-1].tensors, ["2.weight"]) == 9
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_does_not_matter(guard: Any) -> None:
+    expected = sparse_path(mlp(0, norm=True), inputs(3, 40), 0.3, corrector=CORRECTORS["first-order"])
+    with guard():
+        same_paths(expected, sparse_path(mlp(0, norm=True), inputs(3, 40), 0.3, corrector=CORRECTORS["first-order"]))
+        adapted(mlp(0), epochs=2)
+
+
+def test_single_precision_walks() -> None:
+    model = mlp(0, norm=True).float()
+    path = sparse_path(model, inputs(3, 40).float(), 0.5)
+    assert path.outcome == "reached" and stored(path[-1])["0.weight"].dtype == torch.float32
+    assert zeros(path[-1].tensors, weight_names(model)) == 24
+
+
+def test_tied_weights_are_sparse_together() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+    model = filled(Tied(), 0)
+    path = sparse_path(model, inputs(3, 40), 0.5)
+    path[-1].apply_(model)
+    assert zeros(dict(model.named_parameters()), ["a.weight", "head.weight"]) == 20
+    assert torch.equal(model.get_parameter("b.weight"), model.get_parameter("a.weight"))
+
+
+# the one-call fronts
+
+
+@pytest.mark.parametrize("corrector", ["gauss-newton", "first-order"])
+def test_sparsify_in_one_call(corrector: str) -> None:
+    model = mlp(0)
+    path = sparsify(model, inputs(3, 40), 0.1, corrector=corrector)
+    assert path.outcome == "reached" and zeros(path[-1].tensors, weight_names(model)) == round(0.1 * 48)
+    kinds = {"gauss-newton": GaussNewton, "first-order": FirstOrder}
+    assert kinds[corrector].__name__ in path.settings["method"]
+
+
+@pytest.mark.parametrize(("norm", "kind"), [(False, "GaussNewton"), (True, "FirstOrder")])
+def test_auto_picks_a_corrector_by_size_and_normalisation(norm: bool, kind: str) -> None:
+    path = sparsify(mlp(0, norm=norm), inputs(3, 40), 0.0)
+    assert f"corrector={kind}(" in path.settings["method"]
+
+
+def test_model_and_output_functions_reach_the_whole_walk() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(0)
+
+        def forward(self, x: Tensor, flag: bool) -> list[Any]:
+            assert flag
+            return ["text", self.inner(x)]
+
+    options: dict[str, Any] = {"forward_fn": lambda m, b: m(b, True), "output_fn": lambda out: out[1]}
+    path = sparsify(Odd(), inputs(3, 40), 0.1, corrector="gauss-newton", **options)
+    assert path.outcome == "reached"
+    new = (draw(5, 20, 5), labels(5, 20))
+    options["forward_fn"] = lambda m, b: m(b[0] if isinstance(b, tuple) else b, True)
+    assert adapt(Odd(), new, cross_entropy, keep=inputs(3, 40), **options).outcome == "reached"
+
+
+def test_a_geometry_that_protects_nothing_is_said() -> None:
+    model = mlp(0)
+    with torch.no_grad():
+        model[2].weight *= 200.0  # type: ignore[index]
+    with pytest.warns(SaturationWarning, match=r"geometry=.logits."):
+        sparsify(model, inputs(3, 40), 0.0, geometry="categorical")
+    sparsify(model, inputs(3, 40), 0.0, geometry=Categorical(temperature=400.0))
+    sparsify(model, inputs(3, 40), 0.0)
+
+
+@pytest.mark.parametrize("pattern", ["0.*", ["0.weight"]])
+def test_excluding_reaches_the_front(pattern: str | list[str]) -> None:
+    path = sparsify(mlp(0), inputs(3, 40), 0.1, exclude=pattern, corrector="gauss-newton")
+    assert zeros(path[-1].tensors, ["0.weight"]) == 0 and zeros(path[-1].tensors, ["2.weight"]) == 2
