@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fipgeo.data import Generator, as_generator
 from fipgeo.linalg import Dense, Function, LinearOperator, Spectrum
-from fipgeo.space import Where, WeightSpace
+from fipgeo.space import WeightSpace, Where
 
 
 def inclusion(space: WeightSpace, where: Where) -> LinearOperator:
@@ -98,7 +98,7 @@ def random(space: WeightSpace, size: int, *, generator: Generator = None) -> Lin
 
 
 def spectral(spectrum: Spectrum, k: int | None = None) -> LinearOperator:
-    """The first k eigenvectors of a metric (all that the record holds when None): the directions that outputs feel most.
+    """The first k eigenvectors of a metric (None: all that the record holds), the directions that outputs feel most.
 
     Raises:
         ValueError: The spectrum carries no vectors, or fewer than k.

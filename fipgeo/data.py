@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from fipgeo.linalg import as_generator
 
@@ -23,44 +24,33 @@ Generator = torch.Generator | int | None
 """Where randomness comes from; None is the fixed seed 0, so that results repeat and no global state is consumed."""
 
 
-class _Streams:
-    """A state of the global random streams (torch on CPU and CUDA, numpy, Python)."""
+State = tuple[Any, ...]
 
-    def __init__(self) -> None:
-        self.state = self.read()
 
-    @staticmethod
-    def read() -> tuple[Any, ...]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+def _read_streams() -> State:
+    """The state of the global random streams (torch on CPU and CUDA, numpy, Python)."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
 
-    @staticmethod
-    def write(state: tuple[Any, ...]) -> None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state_all(state[1])
-        np.random.set_state(state[2])
-        random.setstate(state[3])
 
-    @staticmethod
-    def seeded(seed: int) -> tuple[Any, ...]:
-        outer = _Streams.read()
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        inner = _Streams.read()
-        _Streams.write(outer)
-        return inner
+def _write_streams(state: State) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state_all(state[1])
+    np.random.set_state(state[2])
+    random.setstate(state[3])
 
 
 @contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Leave every global random stream (torch on CPU and CUDA, numpy, Python) as it was found."""
-    state = _Streams.read()
+def preserved_rng(*generators: torch.Generator) -> Iterator[None]:
+    """Leave the global random streams (torch on CPU and CUDA, numpy, Python) and these generators as they were."""
+    state, states = _read_streams(), [g.get_state() for g in generators]
     try:
         yield
     finally:
-        _Streams.write(state)
+        _write_streams(state)
+        for generator, before in zip(generators, states, strict=True):
+            generator.set_state(before)
 
 
 class Batches(ABC):
@@ -89,6 +79,10 @@ class Batches(ABC):
     def sample(self, size: int, generator: torch.Generator) -> Any:
         """A random batch: `size` examples without repetition where examples can be indexed, else one of the batches."""
 
+    def hold(self) -> Batches:
+        """The same batches in memory; itself where they are."""
+        return self
+
     def first(self) -> Any:
         """The first batch.
 
@@ -114,7 +108,8 @@ class TensorBatches(Batches):
         lengths = {len(t) if t.dim() else None for t in tensors}
         if len(lengths) != 1 or None in lengths:
             raise ValueError(
-                f"{argument}: tensors of lengths {sorted(map(str, lengths))}; expected one common number of examples"
+                f"{argument}: tensors of lengths {', '.join(sorted(map(str, lengths)))}; expected one common number of"
+                " examples (a list, not a tuple, holds batches)"
             )
         if not len(tensors[0]):
             raise ValueError(f"{argument}: got 0 examples (shape {list(tensors[0].shape)}); expected at least one")
@@ -127,7 +122,7 @@ class TensorBatches(Batches):
 
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self), self.batch_size):
-            yield map_tensors(self.tree, lambda t: t[start : start + self.batch_size])
+            yield map_tensors(self.tree, lambda t, start=start: t[start : start + self.batch_size])
 
     def shuffled(self, seed: int) -> Iterator[Any]:
         """One pass over the examples in a random order, the ragged rest left out."""
@@ -195,32 +190,38 @@ class LoaderBatches(Batches):
         holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
         holders.append(getattr(holders[2], "sampler", None))
         found = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)}
-        self.generators = [(g, g.get_state()) for g in found.values()]
+        self.generators = tuple(found.values())
+        self.states = [g.get_state() for g in self.generators]
 
     def __iter__(self) -> Iterator[Any]:
         return self.shuffled(0)
 
     def shuffled(self, seed: int) -> Iterator[Any]:
         """One pass whose random streams start from `seed`: another order for another seed, if the loader shuffles."""
-        outer = [(g, g.get_state()) for g, _ in self.generators]
-        inner = _Streams.seeded(seed)
-        try:
-            for generator, state in self.generators:
-                generator.set_state(state) if seed == 0 else generator.manual_seed(seed)
-            iterator = None
-            while True:
-                with preserved_rng():
-                    _Streams.write(inner)
-                    iterator = iter(self.loader) if iterator is None else iterator
-                    try:
-                        batch = next(iterator)
-                    except StopIteration:
-                        return
-                    inner = _Streams.read()
-                yield batch
-        finally:
-            for generator, state in outer:
-                generator.set_state(state)
+        with preserved_rng(*self.generators):
+            self._seed(seed)
+            inner, states = _read_streams(), [g.get_state() for g in self.generators]
+        iterator = None
+        while True:
+            # private streams during the loader's work only: between batches, and if it fails, the caller's are in place
+            with preserved_rng(*self.generators):
+                _write_streams(inner)
+                for generator, state in zip(self.generators, states, strict=True):
+                    generator.set_state(state)
+                iterator = iter(self.loader) if iterator is None else iterator
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                inner, states = _read_streams(), [g.get_state() for g in self.generators]
+            yield batch
+
+    def _seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        for generator, state in zip(self.generators, self.states, strict=True):
+            generator.set_state(state) if seed == 0 else generator.manual_seed(seed)
 
     def hold(self) -> Batches:
         """All batches in memory: as one tensor (or mapping or tuple of tensors) if they can be joined, else a list."""
@@ -240,17 +241,16 @@ def as_batches(inputs: Any, batch_size: int | None = None, argument: str = "inpu
     """Whatever the caller has, as `Batches`.
 
     Args:
-        inputs: A tensor `[N, ...]` or numpy array, a mapping of tensors (one entry per keyword of the model), a list or
-            tuple of batches, or a re-iterable loader. Batches may carry labels as `(x, y)`; labels are not used.
-        batch_size: Examples in a batch when `inputs` is a tensor or a mapping of tensors (default 256); not allowed
-            with ready-made batches.
+        inputs: A tensor `[N, ...]` or numpy array, a mapping of tensors (one entry per keyword of the model), a tuple
+            of tensors `(x, y)`, a list of batches, or a re-iterable loader. The model gets x; y is not used.
+        batch_size: Examples in a batch when `inputs` is tensors (default 256); not allowed with ready-made batches.
         argument: What the caller's argument is called, for messages.
 
     Returns:
         The batches.
 
     Raises:
-        TypeError: A one-shot iterator or generator, a Dataset without a loader, or not iterable at all.
+        TypeError: A one-shot iterator or generator, a data set without a loader, or not iterable at all.
         ValueError: No examples, or tensors of different lengths.
 
     Examples:
@@ -261,19 +261,24 @@ def as_batches(inputs: Any, batch_size: int | None = None, argument: str = "inpu
         return inputs
     if isinstance(inputs, np.ndarray):
         inputs = torch.from_numpy(inputs)
-    if isinstance(inputs, Tensor) or (isinstance(inputs, Mapping) and all(map(torch.is_tensor, inputs.values()))):
+    parts = list(inputs.values()) if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else [inputs]
+    if parts and all(isinstance(part, Tensor) for part in parts):
         return TensorBatches(inputs, 256 if batch_size is None else batch_size, argument)
-    if batch_size is not None and not isinstance(inputs, Mapping):
+    if isinstance(inputs, Mapping):
+        other = sorted({type(part).__name__ for part in parts if not isinstance(part, Tensor)})
+        raise TypeError(f"{argument}: got a mapping with entries of {other}; expected tensors, or a list of batches")
+    if batch_size is not None:
         raise ValueError(f"batch_size: got {batch_size}, but {argument} already comes in batches; leave batch_size out")
     if isinstance(inputs, list | tuple):
         return ListBatches(list(inputs), argument)
-    if not isinstance(inputs, Iterable) or isinstance(inputs, Mapping | str | bytes):
-        if hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__") and not isinstance(inputs, Mapping | str):
-            raise TypeError(f"{argument}: got the data set {type(inputs).__name__}; wrap it in a DataLoader")
+    indexed = hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__") and not isinstance(inputs, str | bytes)
+    if isinstance(inputs, Dataset) or (indexed and not isinstance(inputs, Iterable)):
+        raise TypeError(f"{argument}: got the data set {type(inputs).__name__}; wrap it in a DataLoader")
+    if not isinstance(inputs, Iterable) or isinstance(inputs, str | bytes):
         raise TypeError(
             f"{argument}: got {type(inputs).__name__}; expected a tensor, a list of batches or a re-iterable loader"
         )
-    if iter(inputs) is inputs:
+    if isinstance(inputs, Iterator):  # iter(inputs) would tell more, but a DataLoader draws a random number for it
         raise TypeError(
             f"{argument}: got {type(inputs).__name__}, which can be passed over only once; every metric product passes"
             f" over the data again, so pass list({argument}) or a DataLoader"
@@ -296,6 +301,17 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     return function(tree)
 
 
+def same_batch(a: Any, b: Any) -> bool:
+    """Whether two batches hold the same tensors; what is no tensor is not looked at."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same_batch(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same_batch, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    return type(a) is type(b)
+
+
 def _concatenated(batches: list[Any]) -> TensorBatches | None:
     """The batches joined along the examples, or None when their structures or shapes do not allow it."""
     trees = [tuple(b) if isinstance(b, list) else b for b in batches]
@@ -309,12 +325,16 @@ def _concatenated(batches: list[Any]) -> TensorBatches | None:
     if len({len(column) for column in columns}) > 1:
         return None
     iterator = iter(columns)
-    return TensorBatches(map_tensors(trees[0], lambda _: next(iterator)), max(len(tensor_leaves(tree)[0]) for tree in trees))
+    return TensorBatches(
+        map_tensors(trees[0], lambda _: next(iterator)), max(len(tensor_leaves(tree)[0]) for tree in trees)
+    )
 
 
 def _cut(count: int, fraction: float, what: str) -> int:
     if not 0 < fraction < 1:
         raise ValueError(f"fraction: got {fraction}, expected a number between 0 and 1")
     if count < 2:
-        raise ValueError(f"inputs: got {count} {what}; at least two are needed to set some apart; pass held_out= instead")
+        raise ValueError(
+            f"inputs: got {count} {what}; at least two are needed to set some apart; pass held_out= instead"
+        )
     return min(max(round(count * fraction), 1), count - 1)

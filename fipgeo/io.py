@@ -117,8 +117,7 @@ def _encode(meta: Mapping[str, Any]) -> str:
     size = len(text.encode())
     if size > _MAX_META_BYTES:
         raise ValueError(
-            f"meta takes {size} bytes as json, at most {_MAX_META_BYTES} fit; "
-            "move long lists of numbers into tensors"
+            f"meta takes {size} bytes as json, at most {_MAX_META_BYTES} fit; move long lists of numbers into tensors"
         )
     return text
 
@@ -134,8 +133,7 @@ def _decode(text: str | None, source: Path) -> dict[str, Any]:
         raise ValueError(f"the {_KEY!r} header entry of {str(source)!r} is damaged: {error!r}") from error
     if not isinstance(schema, int) or not 1 <= schema <= _SCHEMA:
         raise ValueError(
-            f"{str(source)!r} was written under schema {schema!r}, this version reads up to {_SCHEMA}; "
-            "update fipgeo"
+            f"{str(source)!r} was written under schema {schema!r}, this version reads up to {_SCHEMA}; update fipgeo"
         )
     if not isinstance(meta, dict):
         raise ValueError(f"the {_KEY!r} header entry of {str(source)!r} holds a {type(meta).__name__}")

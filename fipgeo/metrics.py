@@ -33,7 +33,7 @@ from fipgeo.linalg import (
 from fipgeo.linalg import trace as hutchinson_trace
 from fipgeo.model import ForwardFn, OutputFn, OutputMap
 from fipgeo.outputs import Geometry, as_geometry
-from fipgeo.space import Where, WeightSpace
+from fipgeo.space import WeightSpace, Where
 
 SMALL = 4096
 """Dense factorisations are made up to this size (a float64 matrix of 128 MiB)."""
@@ -75,7 +75,7 @@ class Metric:
         return min(self.root.shape)
 
     def matvec(self, v: Tensor) -> Tensor:
-        """g v for a vector or a stack, `[..., D]` to `[..., D]`; a covector."""
+        """The product g v for a vector or a stack, `[..., D]` to `[..., D]`; a covector."""
         return self.operator(v)
 
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
@@ -113,6 +113,8 @@ class Metric:
                 f"damping: got {damping}, expected a positive number: g has rank at most {self.rank_bound} in"
                 f" {self.dim} dimensions, so g alone has no inverse"
             )
+        if method not in ("auto", "dual", "dense", "cg"):
+            raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'cg'")
         if method == "auto":
             method = "cg" if self.rank_bound > SMALL else "dual" if self.root.shape[0] <= self.dim else "dense"
         if method == "dual":
@@ -120,9 +122,7 @@ class Metric:
         self._prepare()
         if method == "dense":
             return cholesky(self.operator, rhs, damping=damping)
-        if method == "cg":
-            return cg(self.operator, rhs, damping=damping, rtol=rtol)
-        raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'cg'")
+        return cg(self.operator, rhs, damping=damping, rtol=rtol)
 
     def riemannian_gradient(self, covector: Tensor, damping: float) -> Solution:
         """The steepest direction in the damped metric: (g + damping I)^{-1} covector, for an ordinary gradient.
@@ -163,8 +163,13 @@ class Metric:
         Raises:
             ValueError: k is out of range, the method is unknown, or all eigenvalues are asked of a large metric.
         """
-        if k is not None and not 1 <= k <= self.dim:
-            raise ValueError(f"k: got {k}, expected between 1 and D = {self.dim}")
+        if k is not None and not 1 <= k <= self.rank_bound:
+            raise ValueError(
+                f"k: got {k}, expected between 1 and {self.rank_bound}: {self.root.shape[0]} embedded outputs and"
+                f" {self.dim} dimensions leave no more non-zero eigenvalues"
+            )
+        if method not in ("auto", "dual", "dense", "lanczos"):
+            raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'lanczos'")
         if method == "auto":
             method = "lanczos" if self.rank_bound > SMALL else "dual" if self.root.shape[0] <= self.dim else "dense"
         self._prepare()
@@ -172,20 +177,18 @@ class Metric:
             found = dual_eigh(self.root, scale=1 / self.num_examples, k=k, gram=self._dual_gram())
         elif method == "dense":
             found = dense_eigh(self.operator, k)
-        elif method == "lanczos":
-            if k is None:
-                raise ValueError(
-                    f"k: all of up to {self.rank_bound} eigenvalues would need a {self.rank_bound}-wide factorisation;"
-                    " pass k, or method='dual' if there is memory for it"
-                )
+        elif k is not None:
             found = lanczos(self.operator, k, rtol=rtol, generator=as_generator(generator))
         else:
-            raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'lanczos'")
+            raise ValueError(
+                f"k: all of up to {self.rank_bound} eigenvalues would need a {self.rank_bound}-wide factorisation;"
+                " pass k, or method='dual' if there is memory for it"
+            )
         found = replace(found, rank_bound=self.rank_bound)
         return found if held_out is None else self._with_held_out(found, held_out)
 
     def trace(self, *, num_samples: int = 32, generator: Generator = None) -> Estimate:
-        """tr g, the mean over inputs of |dz/dtheta|^2: exact (standard error 0) where R fits, else by random probes."""
+        """The trace of g, the mean over inputs of |dz/dtheta|^2: exact where R fits, else by random probes."""
         self._prepare()
         rows = _rows(self.root)
         if rows is not None:
@@ -259,6 +262,7 @@ class Metric:
         if other.dim != self.dim:
             raise ValueError(f"held_out: a metric in {other.dim} dimensions, expected {self.dim}")
         assert found.vectors is not None
+        other._prepare()
         values = other.norm(found.vectors).square()
         captured = float(values.sum() / other.trace().value)
         return replace(found, held_out=values, captured=captured)
@@ -338,7 +342,8 @@ def metric(
         max_bytes: Most memory that rows of R may take.
 
     Returns:
-        The metric. Later changes of the model's weights do not move it.
+        The metric. Later changes of the chosen weights do not move it; the model's other parameters and its buffers are
+        read at every product, so leave those alone while the metric is in use.
 
     Raises:
         ValueError: Bad inputs, patterns, outputs or modes; the message names the cure.

@@ -7,7 +7,8 @@ weights and a batch whose value is a tuple of float tensors, examples first.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fipgeo.data import preserved_rng
-from fipgeo.space import Where, WeightSpace
+from fipgeo.space import WeightSpace, Where
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 OutputFn = Callable[[Any], Any]
@@ -40,7 +41,9 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """
     kind = type(module).__name__
     if kind == "FullyShardedDataParallel":
-        raise NotImplementedError("model: FSDP modules are not supported; gather the full parameters into a plain module")
+        raise NotImplementedError(
+            "model: FSDP modules are not supported; gather the full parameters into a plain module"
+        )
     if kind in ("DistributedDataParallel", "DataParallel"):
         return unwrapped(module.module)  # type: ignore[arg-type]
     inner = getattr(module, "_orig_mod", None)
@@ -62,9 +65,9 @@ class _Caller(nn.Module):
 class OutputMap:
     """F: weights and a batch to outputs, for any module.
 
-    Evaluation is always in eval mode (BatchNorm uses its running statistics, dropout is off) and under torch's plain
-    attention kernel, which has derivatives of every kind. Mode, random streams, buffers and backends are as before
-    afterwards, also on exceptions.
+    Evaluation is always in eval mode (BatchNorm uses its running statistics, dropout is off), without autocast, and
+    with torch's plain attention and recurrent kernels, which have derivatives of every kind. Modes, attributes, random
+    streams, buffers, backends and the batch are as before afterwards, also on exceptions.
 
     Args:
         module: Any module; wrappers of `DistributedDataParallel` and `torch.compile` are looked through.
@@ -94,7 +97,7 @@ class OutputMap:
         self.space = WeightSpace.of(self.module, params)
         self._caller = _Caller(self.module, forward_fn or default_forward, output_fn)
         self.buffers: Mapping[str, Tensor] = {}
-        self._has_lstm = any(isinstance(m, nn.LSTM) for m in self.module.modules())
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in self.module.modules())
         self._dtypes = {n: p.dtype for n, p in self.module.named_parameters() if n in self.space.shapes}
         _check_normalisation(self.module)
 
@@ -104,7 +107,8 @@ class OutputMap:
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         """A flat point or tangent `[..., D]` as tensors in the module's own dtypes."""
-        return {name: t.to(self._dtypes[name]) for name, t in self.space.unravel(vector).items()}
+        with torch.inference_mode(False):  # so that what is made in that mode can be differentiated later
+            return {name: t.to(self._dtypes[name]) for name, t in self.space.unravel(vector).items()}
 
     def __call__(self, theta: Tensor, batch: Any) -> tuple[Tensor, ...]:
         """Outputs at the flat point theta `[D]`: tensors `[n, ...]`, no gradient."""
@@ -120,7 +124,30 @@ class OutputMap:
     def call(self, weights: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, ...]:
         """Outputs as a pure, differentiable function of named weights; call it inside `frozen()`."""
         buffers = {n: self.buffers.get(n, b).clone() for n, b in self.module.named_buffers()}
-        return _leaves(torch.func.functional_call(self._caller, self._swap(weights, buffers), (batch,)))
+        return _leaves(torch.func.functional_call(self._caller, self._swap(weights, buffers), (_copied(batch),)))
+
+    def tapped(self, weights: Mapping[str, Tensor], batch: Any, taps: list[str]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """Outputs as `call` gives them, and the outputs of the named modules, in that order; inside `frozen()`."""
+        found: dict[str, Tensor] = {}
+        modules = dict(self.module.named_modules())
+
+        def note(module: nn.Module, args: Any, out: Any, *, name: str) -> None:
+            del module, args
+            found[name] = _leaves(out)[0]
+
+        hooks = [modules[name].register_forward_hook(partial(note, name=name)) for name in taps]
+        try:
+            outputs = self.call(weights, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs, [found[name] for name in taps]
+
+    def blocks(self) -> list[str]:
+        """The smallest modules that hold at least two weight matrices (residual blocks, attention, MLPs), but the model."""
+        count = {n: sum(p.dim() > 1 for p in m.parameters()) for n, m in self.module.named_modules() if n}
+        large = [n for n, weights in count.items() if weights > 1]
+        return [n for n in large if not any(other.startswith(n + ".") for other in large)]
 
     def _swap(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `functional_call` is to put in place of the module's tensors."""
@@ -136,7 +163,7 @@ class OutputMap:
     def normalisation(self) -> dict[str, Tensor]:
         """Copies of the running means and variances of BatchNorm, by name."""
         buffers = dict(self.module.named_buffers()) | dict(self.buffers)
-        names = [f"{n}.{key}" for n in self.normalisers for key in ("running_mean", "running_var")]
+        names = [f"{n}.{key}".lstrip(".") for n in self.normalisers for key in ("running_mean", "running_var")]
         return {name: buffers[name].clone() for name in names}
 
     def statistics(self, theta: Tensor, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -145,20 +172,26 @@ class OutputMap:
         Every layer sees inputs that the layers before it normalised by the batch at hand. Nothing is written.
         """
         found: dict[str, Tensor] = {}
-        seen = 0
+        calls: Counter[str] = Counter()
 
         def note(module: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
+            del module
             x = args[0].detach().transpose(0, 1).flatten(1)
-            fresh = {"running_mean": x.mean(1), "running_var": x.var(1)}
-            for key, value in fresh.items():
-                old = found.get(f"{name}.{key}", torch.zeros_like(value))
-                found[f"{name}.{key}"] = old + (value - old) / seen
+            calls[name] += 1
+            if x.shape[1] < 2:
+                raise ValueError(
+                    f"inputs: {name or 'the model'} got a batch with one value per channel, which has no variance;"
+                    " BatchNorm statistics need larger batches"
+                )
+            for key, value in {"running_mean": x.mean(1), "running_var": x.var(1)}.items():
+                full = f"{name}.{key}".lstrip(".")
+                old = found.get(full, torch.zeros_like(value))
+                found[full] = old + (value - old) / calls[name]
 
         hooks = [m.register_forward_pre_hook(partial(note, name=n)) for n, m in self.normalisers.items()]
         try:
             with self.frozen(batch_statistics=True):
                 for batch in batches:
-                    seen += 1
                     self.call(self.named(theta), batch)
         finally:
             for hook in hooks:
@@ -169,31 +202,32 @@ class OutputMap:
     def frozen(self, *, batch_statistics: bool = False) -> Iterator[None]:
         """Eval mode, plain kernels, no autograd graph, private random streams; everything restored on leaving.
 
+        Restored are also the attributes of every module, so that activations or counters which a forward keeps on
+        `self` stay the caller's, not tensors of ours.
+
         Args:
             batch_statistics: Let BatchNorm normalise by the batch at hand (its running statistics stay as they are).
         """
-        modes = [(m, m.training) for m in self.module.modules()]
+        before = [(m, dict(vars(m))) for m in self.module.modules()]
         live = set(map(id, self.normalisers.values())) if batch_statistics else set()
-        fastpath = torch.backends.mha.get_fastpath_enabled()
         with ExitStack() as stack:
             stack.enter_context(preserved_rng())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.autocast(self.space.device.type, enabled=False))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            if self._has_lstm:
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(_plain_kernels(self._recurrent))
             try:
-                torch.backends.mha.set_fastpath_enabled(False)
-                for m, _ in modes:
+                for m, _ in before:
                     m.training = id(m) in live
                 yield
             finally:
-                torch.backends.mha.set_fastpath_enabled(fastpath)
-                for m, mode in modes:
-                    m.training = mode
+                for m, attributes in before:
+                    vars(m).clear()
+                    vars(m).update(attributes)
 
-    def check(self, batch: Any) -> tuple[Tensor, ...]:
-        """Look at the model's behaviour on one batch; returns its outputs there.
+    def check(self, batch: Any, theta: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Look at the model's behaviour on one batch, at theta or at its present weights; returns its outputs there.
 
         Raises:
             ValueError: The forward fails, its outputs are not finite float tensors with examples first, it is random,
@@ -202,35 +236,71 @@ class OutputMap:
         where = {str(t.device) for t in _tensors(batch)} - {str(self.space.device)}
         if where and self._caller.forward_fn is default_forward:
             raise ValueError(
-                f"inputs: the batch is on {sorted(where)[0]}, the weights on {self.space.device}; move the data, or pass"
-                " forward_fn=lambda model, batch: model(batch.to(device))"
+                f"inputs: the batch is on {sorted(where)[0]}, the weights on {self.space.device}; move the data, or"
+                " pass forward_fn=lambda model, batch: model(batch.to(device))"
             )
-        weights = self.named(self.point())
+        weights = self.named(self.point() if theta is None else theta)
         with self.frozen():
             try:
                 raw = self.call(weights, batch)
-            except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
-                raise ValueError(f"model: the forward failed on the first batch{_describe(batch, self)}: {error}") from error
+            except OutputError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"model: the forward failed on the first batch{_describe(batch, self)}: {error}"
+                ) from error
             outputs = _checked(raw)
             live = [n or type(m).__name__ for n, m in self.module.named_modules() if m.training]
             if live:
                 raise ValueError(
-                    f"model: its forward switches {live[0]!r} to train mode; the metric needs fixed batch statistics and"
-                    " no dropout, so take that switch out of the forward"
+                    f"model: its forward switches {live[0]!r} to train mode; the metric needs fixed batch statistics"
+                    " and no dropout, so take that switch out of the forward"
                 )
             again = self.call(weights, batch)
         for a, b in zip(outputs, again, strict=True):
             gap = (a - b).abs().max() if a.shape == b.shape else torch.tensor(float("inf"))
             if gap > 1e-4 * a.abs().max():
                 raise ValueError(
-                    f"model: its forward is random: two evaluations of one batch in eval mode differ by {float(gap):.3g};"
-                    " take the noise out (functional dropout needs training=self.training) or pass a forward_fn without it"
+                    f"model: its forward is random: two evaluations of one batch in eval mode differ by"
+                    f" {float(gap):.3g}; take the noise out (functional dropout needs training=self.training) or pass a"
+                    " forward_fn without it"
                 )
         return outputs
 
 
+@contextmanager
+def _plain_kernels(recurrent: bool) -> Iterator[None]:
+    """Kernels with derivatives of every kind: no fused attention in eval mode, no oneDNN or cuDNN recurrent layers."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [library.enabled for library in libraries]
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for library in libraries if recurrent else ():
+            library.enabled = False
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for library, state in zip(libraries, enabled, strict=True):
+            library.enabled = state
+
+
+def _copied(batch: Any) -> Any:
+    """The batch with its tensors copied, so that a forward that works in place leaves the caller's data alone."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if isinstance(batch, MutableMapping):
+        out = copy.copy(batch)
+        for key, value in batch.items():
+            out[key] = _copied(value)
+        return out
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(_copied, batch))
+    return type(batch)(map(_copied, batch)) if isinstance(batch, list | tuple) else batch
+
+
 def _leaves(raw: Any) -> tuple[Tensor, ...]:
-    """The output tensors inside whatever a model returned, at least float32."""
+    """The output tensors inside whatever a model returned, `[n, ..., C]`, at least float32; `[n]` becomes `[n, 1]`."""
     if isinstance(raw, Tensor):
         leaves: tuple[Any, ...] = (raw,)
     elif isinstance(getattr(raw, "logits", None), Tensor):
@@ -248,7 +318,10 @@ def _leaves(raw: Any) -> tuple[Tensor, ...]:
                 f"outputs: the model returned {_kind(raw)} with an entry of {got}; expected float tensors with examples"
                 " first. Pass output_fn=lambda out: ... that picks the outputs to compare"
             )
-    return tuple(leaf.float() if leaf.dtype in (torch.bfloat16, torch.float16) else leaf for leaf in leaves)
+    columns = (
+        leaf.unsqueeze(-1) if leaf.dim() == 1 else leaf for leaf in leaves
+    )  # the last axis is never the examples
+    return tuple(f.float() if f.dtype in (torch.bfloat16, torch.float16) else f for f in columns)
 
 
 class OutputError(ValueError):
@@ -265,6 +338,8 @@ def _checked(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if counts[0] == 0:
         raise OutputError("inputs: the first batch holds 0 examples; expected at least one")
     for f in outputs:
+        if not f.numel():
+            raise OutputError(f"outputs: the model returned a tensor of shape {list(f.shape)}, which holds no value")
         bad = ~torch.isfinite(f)
         if bad.any():
             rows = bad.reshape(len(f), -1).any(-1).nonzero()
@@ -279,8 +354,8 @@ def _check_normalisation(module: nn.Module) -> None:
     for name, m in module.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None:
             raise ValueError(
-                f"model: {name or type(m).__name__} is a BatchNorm that keeps no running statistics, so an output depends"
-                " on the other examples of its batch even in eval mode; use track_running_stats=True and train it"
+                f"model: {name or type(m).__name__} is a BatchNorm that keeps no running statistics, so an output"
+                " depends on the other examples of its batch even in eval mode; use track_running_stats=True and train"
             )
 
 

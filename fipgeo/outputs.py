@@ -36,7 +36,7 @@ class Geometry(ABC):
         return None
 
     def openness(self, outputs: Tensor) -> float:
-        """How sensitive phi still is at these outputs: 1 fully, near 0 saturated (its metric protects nothing there)."""
+        """How sensitive phi still is at these outputs: 1 fully, near 0 saturated (its metric protects nothing)."""
         del outputs
         return 1.0
 
@@ -80,8 +80,8 @@ class Logits(Geometry):
         """
         if outputs.shape[-1] == 1:
             raise ValueError(
-                "geometry: 'logits' needs at least two classes on the last axis, got 1; use geometry='bernoulli' for one"
-                " logit per example or geometry='euclidean' for regression"
+                "geometry: 'logits' needs at least two classes on the last axis, got 1; use geometry='bernoulli' for"
+                " one logit per example or geometry='euclidean' for regression"
             )
         return outputs - outputs.mean(-1, keepdim=True)
 
@@ -115,17 +115,17 @@ class Categorical(Geometry):
     r"""phi(f) = 2 sqrt(softmax(f / T)), on a sphere of radius 2: the Fisher geometry of a classifier.
 
     Metric J^T (diag p - p p^T) J / N at T = 1 (Amari, Information Geometry and Its Applications, 2016, section 2.3);
-    the finite distance is the Fisher-Rao arc 2 arccos sum sqrt(p q), computed from the chord as 4 asin(chord / 4), which
-    stays exact for equal outputs. On inputs where p is nearly one-hot the metric is nearly zero and protects nothing;
-    a temperature of 4 or so, or `Logits`, does not have that fault.
+    the finite distance is the Fisher-Rao arc 2 arccos sum sqrt(p q), computed from the chord as 4 asin(chord / 4),
+    which stays exact for equal outputs. On inputs where p is nearly one-hot the metric is nearly zero and protects
+    nothing; a temperature of 4 or so, or `Logits`, does not have that fault.
 
     Attributes:
         temperature: T > 0; larger is softer.
 
     Examples:
         >>> f = torch.tensor([[0.0, 0.0]])
-        >>> Categorical().embed(f).square().sum(-1)
-        tensor([4.])
+        >>> [round(float(s), 6) for s in Categorical().embed(f).square().sum(-1)]
+        [4.0]
     """
 
     temperature: float = 1.0
@@ -183,7 +183,15 @@ class Cosine(Geometry):
     """phi(f) = f / |f|: directions of embeddings; distance is the angle in radians."""
 
     def embed(self, outputs: Tensor) -> Tensor:
-        """Unit vectors along the last axis."""
+        """Unit vectors along the last axis.
+
+        Raises:
+            ValueError: There is only one component, whose direction cannot change.
+        """
+        if outputs.shape[-1] == 1:
+            raise ValueError(
+                "geometry: 'cosine' needs at least two outputs on the last axis, got 1; use geometry='euclidean'"
+            )
         return outputs / outputs.norm(dim=-1, keepdim=True)
 
     def length(self, chord: Tensor) -> Tensor:
@@ -215,7 +223,7 @@ def as_geometry(geometry: str | Geometry) -> Geometry:
     if isinstance(geometry, Geometry):
         return geometry
     if not isinstance(geometry, str):
-        raise TypeError(f"geometry: got {type(geometry).__name__}, expected a name or a fipgeo.outputs.Geometry")
+        raise TypeError(f"geometry: got {geometry!r}, expected a name or a Geometry such as fipgeo.Categorical()")
     if geometry not in GEOMETRIES:
         raise ValueError(f"geometry: got {geometry!r}, expected one of {', '.join(map(repr, GEOMETRIES))}")
     return GEOMETRIES[geometry]

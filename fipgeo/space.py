@@ -35,6 +35,7 @@ def select(named: Mapping[str, Tensor], where: Where, *, argument: str = "params
 
     Raises:
         ValueError: A glob (or the predicate) chose nothing; the nearest names are listed.
+        TypeError: A pattern is no string.
 
     Examples:
         >>> w = {"fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)}
@@ -51,6 +52,11 @@ def select(named: Mapping[str, Tensor], where: Where, *, argument: str = "params
     patterns = [where] if isinstance(where, str) else list(where)
     hits: set[str] = set()
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"{argument}: got a {type(pattern).__name__} among the patterns; expected globs such as '*.weight', or"
+                " a predicate such as lambda name, tensor: name.startswith('head.')"
+            )
         found = [name for name in named if fnmatchcase(name, pattern)]
         if not found:
             near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3)
@@ -97,36 +103,34 @@ class WeightSpace:
         Args:
             module: Any module.
             params: Which parameters are coordinates: a glob, several globs, a predicate (name, parameter) -> bool, or
-                None for all that require a gradient.
+                None for all that require a gradient. Any name of a tied parameter will do.
 
         Returns:
             The space; its order is that of `module.named_parameters()`.
 
         Raises:
-            ValueError: Nothing is chosen, a chosen parameter is not float32, float64, bfloat16 or float16, or the
-                chosen parameters live on several devices.
+            ValueError: Nothing is chosen, a chosen parameter is not float32, float64, bfloat16 or float16 or has no
+                values yet (a lazy module), or the chosen parameters live on several devices.
             NotImplementedError: A parameter is a DTensor (FSDP2, tensor parallel).
         """
         named = dict(module.named_parameters())
+        every = dict(module.named_parameters(remove_duplicate=False))
+        first = {id(p): name for name, p in named.items()}
         if not named:
             raise ValueError(f"model: {type(module).__name__} has no parameters, so there is no weight space")
         if params is None:
-            chosen = [name for name, p in named.items() if p.requires_grad]
-            if not chosen:
+            hits = [name for name, p in named.items() if p.requires_grad]
+            if not hits:
                 raise ValueError(
                     "params: no parameter of the model requires a gradient; choose some with params='*'"
                     " (all of them) or another pattern"
                 )
         else:
-            chosen = select(named, params)
+            hits = [first[id(every[name])] for name in select(every, params)]
+        chosen = [name for name in named if name in set(hits)]
         tensors = {name: named[name] for name in chosen}
         _check_tensors(tensors)
-        first = {id(p): name for name, p in named.items()}
-        aliases = {
-            name: first[id(p)]
-            for name, p in module.named_parameters(remove_duplicate=False)
-            if first[id(p)] != name and first[id(p)] in tensors
-        }
+        aliases = {n: first[id(p)] for n, p in every.items() if first[id(p)] in tensors and first[id(p)] != n}
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in tensors.values()) else torch.float32
         return cls({n: p.shape for n, p in tensors.items()}, dtype, next(iter(tensors.values())).device, aliases)
 
@@ -189,7 +193,9 @@ class WeightSpace:
             raise ValueError(f"unravel: got shape {list(vector.shape)}, expected the last axis to be D = {self.dim}")
         parts = vector.split(self.sizes, -1)
         lead = vector.shape[:-1]
-        return {name: part.reshape(lead + shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return {
+            name: part.reshape(lead + shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
     def point(self, module: nn.Module) -> Tensor:
         """The module's weights as a flat copy `[D]`, detached."""
@@ -197,23 +203,28 @@ class WeightSpace:
         return self.ravel({name: named[name].detach() for name in self.shapes if name in named})
 
     def assign_(self, module: nn.Module, vector: Tensor) -> None:
-        """Write a flat point `[D]` into the module's parameters, in place; nothing else of the module changes."""
+        """Write a flat point `[D]` into the module's parameters, in place; nothing else of the module changes.
+
+        Raises:
+            ValueError: The vector is not `[D]`, or the module lacks a tensor of the space; nothing is written then.
+        """
         named = dict(module.named_parameters())
         values = self.unravel(vector)
-        missing = [name for name in values if name not in named]
+        missing = [name for name, value in values.items() if name not in named or named[name].shape != value.shape]
         if missing:
-            raise ValueError(f"assign_: the module has no parameters {_listing(missing)}")
+            raise ValueError(f"assign_: the module has no parameters {_listing(missing)} of the shapes of this space")
         with torch.no_grad():
             for name, value in values.items():
                 named[name].copy_(value)
 
     def displacement(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> Tensor:
-        """end - start as a flat vector `[D]`, from two state dicts (extra names are ignored, missing ones an error)."""
+        """The flat vector `[D]` from start to end, two state dicts (extra names are ignored, missing ones an error)."""
         return self.ravel(end) - self.ravel(start)
 
-    def mask(self, where: Where) -> Tensor:
+    def mask(self, where: Where, *, argument: str = "params") -> Tensor:
         """Boolean `[D]`: True on the coordinates of the tensors that `where` chooses."""
-        chosen = set(select({name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}, where))
+        candidates = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        chosen = set(select(candidates, where, argument=argument))
         out = torch.zeros(self.dim, dtype=torch.bool, device=self.device)
         for name, where_ in self.slices().items():
             if name in chosen:
@@ -223,7 +234,8 @@ class WeightSpace:
     def subset(self, where: Where) -> WeightSpace:
         """The space of some of this one's tensors, in the same order."""
         chosen = select({name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}, where)
-        return WeightSpace({n: self.shapes[n] for n in chosen}, self.dtype, self.device, self.aliases)
+        aliases = {alias: name for alias, name in self.aliases.items() if name in chosen}
+        return WeightSpace({n: self.shapes[n] for n in chosen}, self.dtype, self.device, aliases)
 
     def __repr__(self) -> str:
         return f"WeightSpace(D={self.dim:,} in {len(self.shapes)} tensors, {self.dtype}, {self.device})"
@@ -231,6 +243,9 @@ class WeightSpace:
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Refuse dtypes, layouts and devices that the algebra cannot hold; every offender is named."""
+    lazy = [name for name, p in tensors.items() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ValueError(f"params: {_listing(lazy)} have no shape yet; call the model on one batch first")
     floats = (*ALGEBRA_DTYPES, torch.bfloat16, torch.float16)
     wrong = [f"{name} ({p.dtype})" for name, p in tensors.items() if p.dtype not in floats]
     if wrong:

@@ -68,7 +68,7 @@ class ScaledDotProduct(nn.Module):
 class Recurrent(nn.Module):
     """An LSTM or a GRU, read off at the last step."""
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: type[nn.LSTM | nn.GRU]) -> None:
         super().__init__()
         self.cell, self.head = kind(2, 3, batch_first=True), nn.Linear(3, 2)
 

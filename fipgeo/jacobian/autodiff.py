@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,26 @@ from fipgeo.linalg import LinearOperator
 log = logging.getLogger(__name__)
 
 Function = Callable[[Weights], Tensor]
+Pull = Callable[[Tensor], tuple[Weights]]
 Push = Callable[[Function, Weights, Weights], Tensor]
+
+
+def vectorised(function: Callable[[Any], Tensor], chunk: int | None = None) -> Callable[[Any], Tensor]:
+    """A function over the first axis of a stack by vmap, quiet about operators that it takes one by one."""
+    mapped = vmap(function, chunk_size=chunk, randomness="same")
+
+    def call(stack: Any) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return mapped(stack)
+
+    return call
+
+
+def pull_back(f: Function, weights: Weights) -> tuple[Tensor, Pull]:
+    """z, and u -> J^T u by reverse mode."""
+    z, pull = vjp(f, weights)[:2]
+    return z, pull
 
 
 def push_forward(f: Function, weights: Weights, tangent: Weights) -> Tensor:
@@ -24,8 +45,8 @@ def push_forward(f: Function, weights: Weights, tangent: Weights) -> Tensor:
 
 
 def push_transposed(f: Function, weights: Weights, tangent: Weights) -> Tensor:
-    """J v as the transpose of u -> J^T u, which is linear in u: two reverse passes, for modules without forward mode."""
-    z, pull = vjp(f, weights)
+    """J v as the transpose of u -> J^T u, linear in u: two reverse passes, for modules without forward mode."""
+    z, pull = pull_back(f, weights)
     return vjp(lambda u: pull(u)[0], torch.zeros_like(z))[1](dict(tangent))[0]
 
 
@@ -56,26 +77,26 @@ class AutodiffRoot(LinearOperator):
             return torch.cat([self._forward(self.function.on(b), x) for b in self.function.batches], -1)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        out = torch.zeros(len(y), self.shape[1], dtype=self.dtype, device=self.device)
         with self.function.map.frozen():
+            out = torch.zeros(len(y), self.shape[1], dtype=self.dtype, device=self.device)
             parts = y.split(self.survey.rows, -1)
             for batch, part in zip(self.function.batches, parts, strict=True):
-                out += self._backward(vjp(self.function.on(batch), self.weights)[1], part)
+                out += self._backward(pull_back(self.function.on(batch), self.weights)[1], part)
         return out
 
     def _normal(self, x: Tensor) -> Tensor:
-        out = torch.zeros(len(x), self.shape[1], dtype=self.dtype, device=self.device)
         with self.function.map.frozen():
+            out = torch.zeros(len(x), self.shape[1], dtype=self.dtype, device=self.device)
             for batch in self.function.batches:
                 f = self.function.on(batch)
-                out += self._backward(vjp(f, self.weights)[1], self._forward(f, x))
+                out += self._backward(pull_back(f, self.weights)[1], self._forward(f, x))
         return out
 
     def _forward(self, f: Function, x: Tensor) -> Tensor:
         """J x for one batch: `[k, D]` to `[k, rows]`."""
         return self._stacked(lambda t: self.push(f, self.weights, t), self.function.map.named(x), len(x))
 
-    def _backward(self, pull: Callable[[Tensor], tuple[Weights]], y: Tensor) -> Tensor:
+    def _backward(self, pull: Pull, y: Tensor) -> Tensor:
         """J^T y for one batch: `[k, rows]` to `[k, D]`."""
         space = self.function.map.space
         return self._stacked(lambda u: space.ravel(pull(u)[0]), y, len(y))
@@ -83,18 +104,18 @@ class AutodiffRoot(LinearOperator):
     def _stacked(self, product: Callable, stack, count: int) -> Tensor:
         """A product on every vector of a stack (a tensor or a dict of tensors with the stack axis first)."""
         if count > 1 and self.vectorised:
-            return vmap(product, chunk_size=self.chunk, randomness="same")(stack)
+            return vectorised(product, self.chunk)(stack)
         item = (lambda i: {n: t[i] for n, t in stack.items()}) if isinstance(stack, dict) else (lambda i: stack[i])
         return torch.stack([product(item(i)) for i in range(count)])
 
     def _preflight(self) -> tuple[Push, bool]:
         """The first way to push tangents forward that works on the first batch, and whether it can be vectorised."""
-        batch = self.function.batches.first()
-        f = self.function.on(batch)
+        function = self.function
+        f = function.on(function.batches.first())
         two = {n: t.new_zeros(2, *t.shape) for n, t in self.weights.items()}
         one = {n: t[0] for n, t in two.items()}
         first_error: Exception | None = None
-        with self.function.map.frozen():
+        with function.map.frozen():
             for push in (push_forward, push_transposed):
                 try:
                     push(f, self.weights, one)
@@ -102,14 +123,14 @@ class AutodiffRoot(LinearOperator):
                     first_error = first_error or error
                     continue
                 try:
-                    vmap(lambda t, push=push: push(f, self.weights, t), randomness="same")(two)
-                    z, pull = vjp(f, self.weights)
-                    vmap(lambda u: pull(u)[0], randomness="same")(z.new_zeros(2, *z.shape))
+                    vectorised(lambda t, push=push: push(f, self.weights, t))(two)
+                    z, pull = pull_back(f, self.weights)
+                    vectorised(lambda u, pull=pull: function.map.space.ravel(pull(u)[0]))(z.new_zeros(2, *z.shape))
                 except (RuntimeError, NotImplementedError, ValueError) as error:
                     log.info("products are taken one vector at a time, since the model cannot be vectorised: %s", error)
                     return push, False
                 return push, True
-            name = _last_module(self.function, lambda: push_forward(f, self.weights, one))
+            name = _last_module(function, lambda: push_forward(f, self.weights, one))
         raise NotImplementedError(
             f"model: {name} has no derivative rule for Jacobian-vector products ({first_error}); replace it by a"
             " differentiable module or leave it out of the forward"

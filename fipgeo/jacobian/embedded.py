@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fipgeo.data import Batches
+from fipgeo.data import Batches, same_batch
 from fipgeo.model import OutputError, OutputMap
 from fipgeo.outputs import Geometry, embed
 
@@ -54,33 +54,49 @@ class EmbeddedOutputs:
     batches: Batches
 
     def on(self, batch: Any) -> Callable[[Weights], Tensor]:
-        """z on one batch as a function of named weights: dict to `[n * M]`; call it inside `map.frozen()`."""
-        return lambda weights: embed(self.geometry, self.map.call(weights, batch)).reshape(-1)
+        """The function z on one batch, of named weights: dict to `[n * M]`; call it inside `map.frozen()`."""
+        dtype = self.map.space.dtype
+        return lambda weights: embed(self.geometry, self.map.call(weights, batch)).reshape(-1).to(dtype)
 
     def outputs(self, theta: Tensor) -> Iterator[tuple[Any, tuple[Tensor, ...]]]:
         """Every batch with the outputs at theta.
 
         Raises:
-            OutputError: Outputs are not finite.
+            OutputError: A batch is empty, or outputs are not finite.
         """
-        for batch in self.batches:
+        for index, batch in enumerate(self.batches):
             outputs = self.map(theta, batch)
+            if not all(len(f) for f in outputs):
+                raise OutputError(f"inputs: batch {index} holds 0 examples; expected at least one in every batch")
             if not all(bool(torch.isfinite(f).all()) for f in outputs):
-                raise OutputError("outputs: NaN or infinite values; check the weights and the scale of the inputs")
+                raise OutputError(
+                    f"outputs: NaN or infinite values in batch {index}; check the weights and the scale of the inputs"
+                )
             yield batch, outputs
 
     def survey(self, theta: Tensor) -> Survey:
         """Count rows and examples by one pass, after a look at the model's behaviour on the first batch.
 
         Raises:
-            ValueError: See `OutputMap.check`; or a batch or the whole data set is empty.
+            ValueError: See `OutputMap.check`; or a batch is empty, two passes differ, or z is not finite.
         """
-        self.map.check(self.batches.first())
+        first = self.batches.first()
+        self.map.check(first, theta)
         rows, examples = [], []
-        for _, outputs in self.outputs(theta):
+        for index, (batch, outputs) in enumerate(self.outputs(theta)):
+            if index == 0 and not same_batch(first, batch):
+                raise ValueError(
+                    "inputs: two passes over the data gave different first batches; switch augmentation and private"
+                    " randomness of the loader off, or pass list(loader) for one fixed draw"
+                )
             z = embed(self.geometry, outputs)
-            if not len(z):
-                raise OutputError(f"inputs: batch {len(rows)} holds 0 examples; expected at least one in every batch")
+            if not bool(torch.isfinite(z).all()):
+                raise OutputError(
+                    f"geometry: {self.geometry} is NaN or infinite at finite outputs of batch {index} (a direction"
+                    " needs outputs that are not zero); use geometry='euclidean'"
+                )
             rows.append(z.numel())
             examples.append(len(z))
+        if not rows:
+            raise ValueError("inputs: a second pass over the data gave no batch; pass list(inputs) or a DataLoader")
         return Survey(tuple(rows), tuple(examples))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ class JacobianRoot(LinearOperator):
 
     Args:
         function: z on fixed inputs.
-        theta: The point, `[D]`; a copy is kept.
+        theta: The point, `[D]`; a copy is kept, in the dtype of the space.
         engine: "auto", "autodiff" or "materialised".
         max_bytes: Most memory that rows may take.
         survey: Rows and examples of every batch, when a pass has already counted them.
@@ -48,20 +50,29 @@ class JacobianRoot(LinearOperator):
     ) -> None:
         if engine not in ENGINES:
             raise ValueError(f"engine: got {engine!r}, expected one of {', '.join(map(repr, ENGINES))}")
-        self.function, self.theta = function, theta.detach().clone()
+        space = function.map.space
+        if theta.shape != (space.dim,):
+            raise ValueError(f"theta: got shape {list(theta.shape)}, expected a flat point [{space.dim}]")
+        with torch.inference_mode(False):
+            self.theta = theta.detach().clone().to(space.device, space.dtype)
+        self.function = function
         self.survey = function.survey(self.theta) if survey is None else survey
-        super().__init__((self.survey.num_rows, len(theta)), dtype=theta.dtype, device=theta.device)
+        super().__init__((self.survey.num_rows, space.dim), dtype=space.dtype, device=space.device)
         self.engine, self.max_bytes = engine, max_bytes
         if engine == "materialised" and not self.fits:
             raise ValueError(
-                f"engine: 'materialised' needs {_gib(self.num_bytes)} for {self.shape[0]:,} x {self.shape[1]:,} rows, but"
-                f" max_bytes is {_gib(max_bytes)}; raise max_bytes, or use engine='autodiff'"
+                f"engine: 'materialised' needs {_gib(self.num_bytes)} for {self.shape[0]:,} x {self.shape[1]:,} rows,"
+                f" but max_bytes is {_gib(max_bytes)}; raise max_bytes, or use engine='autodiff'"
             )
-        self.autodiff = AutodiffRoot(function, self.theta, self.survey)
         self.rows: Dense | None = None
         self._gram: Tensor | None = None
         if engine == "materialised":
             self.prepare()
+
+    @cached_property
+    def autodiff(self) -> AutodiffRoot:
+        """The engine that stores nothing; looks at the model's derivative rules when it is first used."""
+        return AutodiffRoot(self.function, self.theta, self.survey)
 
     @property
     def num_bytes(self) -> int:
@@ -74,7 +85,7 @@ class JacobianRoot(LinearOperator):
         return self.num_bytes <= self.max_bytes
 
     def prepare(self) -> LinearOperator:
-        """Announce many products: R is materialised if the engine allows it and it fits. Returns the operator in use."""
+        """Announce many products: R is materialised if the engine lets it and it fits. Returns the operator in use."""
         if self.rows is None and self.engine != "autodiff" and self.fits:
             self.rows = materialised_root(self.function, self.theta, self.survey)
         return self._operator

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fipgeo.linalg._stacks import norms, wide
-from fipgeo.linalg._system import System, as_rows, ratio
+from fipgeo.linalg._system import System, as_rows, ratio, tolerance
 from fipgeo.linalg.nodes import Gram
 from fipgeo.linalg.operator import LinearOperator
 from fipgeo.linalg.result import Outcome, Solution
@@ -246,9 +246,11 @@ def _dual_inverse(
     return solve
 
 
-def _refined(system: System, inverse: Callable[[Tensor], Tensor], rtol: float | None, refine: int) -> Solution:
+def _refined(
+    system: System, inverse: Callable[[Tensor], Tensor], rtol: float | None, refine: int
+) -> Solution:
     """Solve, and refine rows whose true residual is too large; a step that does not help is not taken."""
-    rtol = max(1e-6, 100 * torch.finfo(system.rhs.dtype).eps) if rtol is None else rtol
+    rtol = tolerance(rtol, system.rhs.dtype)
     x = inverse(system.rhs)
     r = system.residual(x)
     size = system.relative(r)

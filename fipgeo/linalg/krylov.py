@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from fipgeo.linalg._stacks import as_generator, gaussian, inner, norms, orthonormal_complement, scaled
-from fipgeo.linalg._system import require_spectrum
+from fipgeo.linalg._system import require_spectrum, tolerance
 from fipgeo.linalg.operator import LinearOperator
 from fipgeo.linalg.result import Outcome, Spectrum
 
 _PROBE_STEPS = 5
+_PATIENCE = 6
 
 
 @torch.no_grad()
@@ -16,7 +17,7 @@ def lanczos(
     operator: LinearOperator,
     k: int,
     *,
-    rtol: float = 1e-6,
+    rtol: float | None = None,
     max_products: int | None = None,
     basis_size: int | None = None,
     block_size: int = 2,
@@ -33,8 +34,8 @@ def lanczos(
     Args:
         operator: A, symmetric, shape `(n, n)`.
         k: pairs, 1 <= k <= n. Eigenvalues beyond the rank come out as zeros to rounding.
-        rtol: a pair is accurate when `|A v - lambda v| <= rtol max |lambda|`; at least 10 eps of the dtype is
-            meant.
+        rtol: a pair is accurate when `|A v - lambda v| <= rtol max |lambda|`; None for 1e-6, in float32 1.2e-5
+            (100 eps).
         max_products: most products; None for `100 + 20 k`, or `2 n` (at most 1000) where that is more.
         basis_size: vectors in the basis, `2 basis_size n` numbers; None for `2 k + 20`, at most n.
         block_size: vectors a step, multiplied in one stack. Larger blocks need more products, but fewer
@@ -68,7 +69,7 @@ def lanczos(
             f"block_size >= 1 and basis_size >= k + 2 block_size = {k + 2 * block_size} (or n = {n})"
         )
     limit = max(100 + 20 * k, min(2 * n, 1000)) if max_products is None else max_products
-    search = _Subspace(operator, k, size, rtol)
+    search = _Subspace(operator, k, size, tolerance(rtol, operator.dtype))
     source = as_generator(generator)
     draw = torch.empty(0, dtype=operator.dtype, device=operator.device)
     outcome, complete = Outcome.MAX_ITERATIONS, False
@@ -118,14 +119,14 @@ class _Subspace:
         n, dtype, device = operator.shape[0], operator.dtype, operator.device
         self.operator, self.k, self.used, self.num_products = operator, k, 0, 0
         self.eps = torch.finfo(dtype).eps
-        self.rtol = max(rtol, 10 * self.eps)
+        self.rtol = rtol
         self.v = torch.empty(size, n, dtype=dtype, device=device)
         self.w = torch.empty(size, n, dtype=dtype, device=device)
         self.t = torch.zeros(size, size, dtype=torch.float64)
         self.theta, self.s = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
         self.settled, self.relaxed = 0, False
         self.leading = float("inf")  # the largest residual in the first open block
-        self.best = (0, float("inf"), 0)  # settled pairs, leading residual and products when it last improved
+        self.best = (0, float("inf"), 0)  # settled pairs, leading residual and steps since it last halved
         self.reference = self.theta
 
     @property
@@ -139,7 +140,6 @@ class _Subspace:
     def append(self, block: Tensor) -> bool:
         """Multiply new basis vectors and solve the projected problem; False if a product is not finite."""
         if self.used + len(block) > len(self.v):
-            self._relax()
             self.compress(min(self.k + (len(self.v) - self.k) // 2, len(self.v) - len(block)))
         old, new = slice(0, self.used), slice(self.used, self.used + len(block))
         self.v[new], self.w[new] = block, self.operator(block)
@@ -156,12 +156,17 @@ class _Subspace:
         return True
 
     def _relax(self) -> None:
-        """Raise the tolerance to where rounding (or noise in the products) stopped the first open pair."""
-        settled, leading, products = self.best
-        if self.settled != settled or self.leading < 0.9 * leading:
-            self.best = (self.settled, self.leading, self.num_products)
-        elif self.num_products - products > len(self.v) and self.leading <= 1000 * self.eps * self.scale:
-            self.rtol, self.relaxed = 2 * self.leading / self.scale, True
+        """Raise the tolerance to where rounding, or noise in the products, stops the first open pair.
+
+        That is a residual of at most 1000 eps that has not halved in as many steps as `_PATIENCE`.
+        """
+        settled, leading, steps = self.best
+        if self.settled != settled or self.leading < 0.5 * leading:
+            self.best = (self.settled, self.leading, 0)
+        elif self.leading <= 1000 * self.eps * self.scale:
+            self.best = (settled, leading, steps + 1)
+            if steps + 1 >= _PATIENCE:
+                self.rtol, self.relaxed = 2 * self.leading / self.scale, True
 
     def compress(self, keep: int) -> None:
         """Keep the leading Ritz vectors as the basis."""
@@ -193,6 +198,7 @@ class _Subspace:
                 is_open = lengths > self.rtol * self.scale
                 if bool(is_open.any()):
                     self.settled, self.leading = start, float(lengths.max())
+                    self._relax()
                     return r[is_open]
             self.settled = 0
             if first == 0:

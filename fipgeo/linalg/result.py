@@ -21,9 +21,7 @@ class Outcome(enum.Enum):
     """
 
     CONVERGED = "the requested tolerance was reached, as measured with true products"
-    STAGNATED = (
-        "rounding stops the residual above the tolerance; loosen rtol, add damping, or build the operator in float64"
-    )
+    STAGNATED = "rounding stops the residual above the tolerance; loosen rtol, add damping, or build the operator in float64"
     MAX_ITERATIONS = (
         "the tolerance was not reached within the allowed work; raise max_iters or max_products, add "
         "damping, or give a preconditioner"
@@ -32,9 +30,7 @@ class Outcome(enum.Enum):
         "a direction of negative or zero curvature was met, so the system is not positive definite; raise "
         "damping above the negative curvature, or check that the operator is psd (psd_gap)"
     )
-    NOT_FINITE = (
-        "a product returned NaN or infinity; check the operator, the right-hand side, and overflow in low precision"
-    )
+    NOT_FINITE = "a product returned NaN or infinity; check the operator, the right-hand side, and overflow in low precision"
 
     @property
     def ok(self) -> bool:
@@ -109,7 +105,9 @@ class Solution:
         if self.ok:
             return self
         worst = float(self.residual.max()) if self.residual.numel() else math.nan
-        curvature = "" if self.curvature is None else f", smallest curvature {float(self.curvature.min()):.3g}"
+        curvature = (
+            "" if self.curvature is None else f", smallest curvature {float(self.curvature.min()):.3g}"
+        )
         raise SolveError(
             f"{self.outcome.name}: {self.outcome.message} (relative residual {worst:.3g} after "
             f"{self.num_iters} iterations and {self.num_products} products{curvature})",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fipgeo.linalg._stacks import dots, norms, scaled
-from fipgeo.linalg._system import System, as_rows, ratio, require_damping
+from fipgeo.linalg._system import System, as_rows, ratio, require_damping, tolerance
 from fipgeo.linalg.nodes import Identity, Stack
 from fipgeo.linalg.operator import LinearOperator
 from fipgeo.linalg.result import Outcome, Solution
@@ -18,7 +18,7 @@ def cg(
     rhs: Tensor,
     *,
     damping: float = 0.0,
-    rtol: float = 1e-6,
+    rtol: float | None = None,
     atol: float = 0.0,
     max_iters: int | None = None,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
@@ -28,13 +28,14 @@ def cg(
 
     Right-hand sides run side by side, each with its own scalars, by one stacked product an iteration; those
     that are done leave the stack. A residual that the recurrence calls small is computed anew with a true
-    product; if it is not small, the iteration starts again from the true one.
+    product; if it is not small, the iteration goes on from the true one.
 
     Args:
         operator: A, shape `(n, n)`.
         rhs: b, `[..., n]`.
         damping: added to the diagonal.
-        rtol: a right-hand side is done when `|b - (A + damping I) x| <= max(rtol |b|, atol)`.
+        rtol: a right-hand side is done when `|b - (A + damping I) x| <= max(rtol |b|, atol)`; None for 1e-6,
+            in float32 1.2e-5 (100 eps).
         atol: see `rtol`.
         max_iters: most iterations; None for 10 n, at most 1000.
         preconditioner: maps stacks `[k, n]` to about `(A + damping I)^{-1}` of them, symmetric positive
@@ -42,9 +43,10 @@ def cg(
         x0: start, `[..., n]`; None for zero.
 
     Returns:
-        Solution. `BREAKDOWN`: a direction of negative (or, to rounding, zero) curvature was met; `value` is
-        the iterate before it, `curvature` the number. `STAGNATED`: starting again from the true residual no
-        longer halves it. `MAX_ITERATIONS`: the best that the allowed work gave, with its true residual.
+        Solution. `BREAKDOWN`: a direction of negative (or, to rounding, zero) curvature was met; `value` is the
+        iterate before it, `curvature` the number. `STAGNATED`: going on from the true residual no longer
+        reduces it, or the rounding of x alone is as large. `MAX_ITERATIONS`: the best that the allowed work
+        gave, with its true residual.
 
     Raises:
         ValueError: if A is not square, shapes do not fit, or damping is negative.
@@ -64,7 +66,8 @@ def cg(
     if x0 is not None and x0.shape != rhs.shape:
         raise ValueError(f"x0 has shape {tuple(x0.shape)}, expected that of rhs, {tuple(rhs.shape)}")
     start = None if x0 is None else as_rows(operator, x0, operator.shape[0], "x0")
-    run = _ConjugateGradients(system, torch.clamp(rtol * system.lengths, min=atol), preconditioner, start)
+    target = torch.clamp(tolerance(rtol, operator.dtype) * system.lengths, min=atol)
+    run = _ConjugateGradients(system, target, preconditioner, start)
     history = [ratio(run.size, system.lengths)]
     limit = min(10 * operator.shape[0], 1000) if max_iters is None else max_iters
     while len(run.live) and len(history) <= limit:
@@ -149,13 +152,16 @@ class _ConjugateGradients:
         self.r[some] = self.system.rhs[some] - self.system(self.x[some])
         before, after = self.true_size[some], norms(self.r[some])
         self.size[some] = self.true_size[some] = after
-        done = after <= self.target[some]
-        stuck = ~done & ~(after <= 0.5 * before)
-        verdict = torch.zeros_like(claimed, dtype=torch.int8)
-        verdict[claimed] = done.to(torch.int8) + 2 * stuck.to(torch.int8)
-        self.stop(verdict == 1, Outcome.CONVERGED, measured=True)
-        self.stop(verdict[verdict != 1] == 2, Outcome.STAGNATED, measured=True)
-        return claimed[verdict == 0]
+        done, near = after <= self.target[some], after <= 2 * self.target[some]
+        # below eps |A| |x| the rounding of x alone moves the residual, and starting again does not help
+        floor = torch.finfo(self.x.dtype).eps * self.highest[some] * norms(self.x[some])
+        stuck = ~done & torch.where(
+            near, ~(after <= 0.9 * before), ~(after <= 0.5 * before) | (after <= floor)
+        )
+        is_done, is_stuck, is_far = (claimed.index_put((claimed,), mask) for mask in (done, stuck, ~near))
+        self.stop(is_done, Outcome.CONVERGED, measured=True)
+        self.stop(is_stuck[~is_done], Outcome.STAGNATED, measured=True)
+        return is_far[~is_done & ~is_stuck]
 
     def turn(self, fresh: Tensor) -> None:
         """New directions for the live rows, conjugate to the last ones except where `fresh`."""
@@ -182,7 +188,7 @@ def lsmr(
     rhs: Tensor,
     *,
     damping: float = 0.0,
-    rtol: float = 1e-6,
+    rtol: float | None = None,
     max_iters: int | None = None,
 ) -> Solution:
     """Damped least squares, `min |A x - b|^2 + damping |x|^2`, without forming `A^T A`.
@@ -196,7 +202,8 @@ def lsmr(
         operator: A, shape `(m, n)`.
         rhs: b, `[..., m]`.
         damping: weight of `|x|^2` (of the square: lambda, not its root).
-        rtol: a right-hand side is done when `|A^T (b - A x) - damping x| <= rtol |A^T b|`.
+        rtol: a right-hand side is done when `|A^T (b - A x) - damping x| <= rtol |A^T b|`; None for 1e-6, in
+            float32 1.2e-5 (100 eps).
         max_iters: most iterations; None for `10 min(m, n)`, at most 1000.
 
     Returns:
@@ -223,7 +230,7 @@ def lsmr(
     limit = min(10 * min(m, n), 1000) if max_iters is None else max_iters
     residual, gradient = b, operator.adjoint(b)
     size = norms(gradient)
-    target, lengths = rtol * size, size.clone()
+    target, lengths = tolerance(rtol, operator.dtype) * size, size.clone()
     x = b.new_zeros(len(b), n)
     outcomes = [Outcome.CONVERGED] * len(b)
     history, num_products = [ratio(size, lengths)], len(b)

@@ -64,12 +64,20 @@ class Compensation:
         self.damped(damping)
 
     def damped(self, damping: float) -> Compensation:
-        """The same moves under another damping; rows and their Gram matrix are shared."""
+        """The same moves under another damping; rows and their Gram matrix are shared.
+
+        Raises:
+            ValueError: damping is not positive.
+        """
+        if not damping > 0:
+            raise ValueError(f"damping: got {damping}, expected a positive multiple of the metric's mean eigenvalue")
         self.mu = damping * self.scale
         self.factor: Tensor | None = None
         if self.gram is not None and self.mu > 0:
-            shift = self.num_examples * self.mu * torch.eye(len(self.gram), dtype=self.gram.dtype).to(self.gram.device)
-            self.factor = torch.linalg.cholesky(self.gram + shift)
+            shift, failed = self.num_examples * self.mu, True
+            while failed:  # single-precision rows can leave the Gram matrix a rounding error short of definite
+                factor, info = torch.linalg.cholesky_ex(self.gram + shift * torch.eye(len(self.gram)).to(self.gram))
+                self.factor, failed, shift = factor, bool(info), 10 * shift
         return self
 
     def __call__(self, r: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -43,8 +44,8 @@ class StepControl:
             raise ValueError(f"control: got tolerance={self.tolerance}, refuse={self.refuse}; expected > 0 and > 1")
 
     def accepts(self, size: float, *, added: float, drift: float, budget: float | None) -> bool:
-        """Whether a step of this size stands."""
-        if budget is not None and drift > budget:
+        """Whether a step of this size stands; one whose drift is no finite number never does."""
+        if not drift <= (float("inf") if budget is None else budget) or not math.isfinite(drift):
             return False
         return size <= self.smallest or added <= self.refuse * self.tolerance
 

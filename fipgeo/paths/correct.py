@@ -6,13 +6,16 @@ one interface: `GaussNewton` solves for the move, `FirstOrder` walks to it by Ad
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fipgeo.model import OutputMap
 from fipgeo.outputs import embed
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.kept import Kept, Position
@@ -42,7 +45,7 @@ class Corrector(ABC):
         generator: torch.Generator,
         *,
         moves: Compensation | None = None,
-        effort: float = 1.0,
+        final: bool = False,
     ) -> Correction:
         """One correction.
 
@@ -53,7 +56,7 @@ class Corrector(ABC):
             state: What the last correction left (empty at first).
             generator: Source of minibatches.
             moves: The predictor's tangent moves, to be used once more if the corrector can (a chord step).
-            effort: Multiple of the usual work.
+            final: This is the last correction of the path, worth more work.
 
         Returns:
             The corrected position, the state for the next correction, and the model evaluations spent.
@@ -65,16 +68,19 @@ class GaussNewton(Corrector):
     """Levenberg-Marquardt steps on the protected outputs, on full batches or on a random subset of rows.
 
     Each step solves min |r + R w|^2 / N + mu |w|^2 over the free weights at the present Jacobian. It is kept only if the
-    true residual falls; mu then shrinks, otherwise it grows and the step is tried again.
+    true residual falls; mu then shrinks, otherwise it grows and the step is tried again. BatchNorm statistics are
+    re-estimated first, and kept if that alone lowers the residual.
 
     Attributes:
         steps: Jacobians made in one correction.
+        final_steps: The same in the last one.
         damping: mu at first, as a multiple of the mean non-zero eigenvalue of the metric.
         max_rows: Embedded outputs in a step; more protected inputs than that are sampled anew for every Jacobian.
         max_iters: Conjugate-gradient iterations where the Gram matrix is too large to factor.
     """
 
     steps: int = 2
+    final_steps: int = 6
     damping: float = 1e-2
     max_rows: int = 1024
     max_iters: int = 30
@@ -88,18 +94,24 @@ class GaussNewton(Corrector):
         generator: torch.Generator,
         *,
         moves: Compensation | None = None,
-        effort: float = 1.0,
+        final: bool = False,
     ) -> Correction:
         """Solve, check on all protected inputs, adapt the damping (see `Corrector.correct`)."""
         damping = float(state.get("damping", torch.tensor(self.damping)))
         loss, cost = kept.loss(position), float(kept.num_examples)
+        if kept.function.map.normalisers:
+            renormalised = kept.renormalised(position)
+            now = kept.loss(renormalised)
+            cost += 2 * kept.num_examples
+            if now < loss:
+                position, loss = renormalised, now
         if moves is not None:
             tried = replace(position, theta=position.theta + moves(moves.kept.residual(position)))
             now = kept.loss(tried)
             cost += kept.num_examples + moves.kept.num_examples
             if now < loss:
                 position, loss = tried, now
-        for _ in range(round(self.steps * effort)):
+        for _ in range(self.final_steps if final else self.steps):
             part = kept.subset(self.max_rows, generator)
             moves = Compensation(part, position, free, damping=damping, max_iters=self.max_iters)
             residual = part.residual(position)
@@ -117,20 +129,30 @@ class GaussNewton(Corrector):
 
 @dataclass(frozen=True)
 class FirstOrder(Corrector):
-    """Adam on minibatches of the protected inputs (Kingma & Ba, 2015), with a cosine decay to nothing in every correction.
+    """Adam on minibatches of the protected inputs (Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015).
 
-    Where the model has BatchNorm, minibatches are normalised by themselves while weights move, and the running
-    statistics are re-estimated at the end.
+    The loss is mean |z - z_0|^2 / mean |z_0|^2 + tap_weight * mean over taps of mean (h - h_0)^2 / var h_0, where the taps h
+    are hidden outputs: they give many more constraints an input when inputs are few. Moments are kept from one correction
+    to the next; the learning rate is constant, and decays along a cosine in the last correction. Where the model has
+    BatchNorm, minibatches are normalised by themselves while weights move, and the running statistics are re-estimated
+    at the end: with fixed statistics only far smaller learning rates are stable.
 
     Attributes:
         steps: Minibatches in one correction.
+        final_steps: The same in the last one.
         batch_size: Protected inputs in a minibatch.
-        lr: Largest learning rate.
+        lr: Learning rate.
+        taps: Names of modules whose outputs are protected too; "blocks" for the smallest modules that hold at least two
+            weight matrices (residual blocks, attention, MLPs), or None.
+        tap_weight: Weight of the taps beside the outputs.
     """
 
-    steps: int = 100
-    batch_size: int = 128
+    steps: int = 30
+    final_steps: int = 400
+    batch_size: int = 64
     lr: float = 1e-3
+    taps: str | tuple[str, ...] | None = "blocks"
+    tap_weight: float = 2.0
 
     def correct(
         self,
@@ -141,31 +163,47 @@ class FirstOrder(Corrector):
         generator: torch.Generator,
         *,
         moves: Compensation | None = None,
-        effort: float = 1.0,
+        final: bool = False,
     ) -> Correction:
         """Walk; `moves` is not used (see `Corrector.correct`)."""
-        del state, moves
-        steps = max(round(self.steps * effort), 1)
+        del moves
+        steps = self.final_steps if final else self.steps
         live = bool(kept.function.map.normalisers)
+        taps = kept.function.map.blocks() if self.taps == "blocks" else list(self.taps or ())
         theta = position.theta.clone()
         optimizer = torch.optim.Adam([theta], lr=self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        if state:
+            moments = {"step": state["step"], "exp_avg": state["exp_avg"] * free, "exp_avg_sq": state["exp_avg_sq"]}
+            optimizer.state[theta] = {key: value.clone() for key, value in moments.items()}
         cost = 0.0
-        for _ in range(steps):
+        for t in range(steps):
             batch, z0 = kept.draw(self.batch_size, generator)
-            theta.grad = self._gradient(kept, replace(position, theta=theta), batch, z0, live) * free
+            here = replace(position, theta=theta)
+            theta.grad = self._gradient(kept, here, batch, z0, taps) * free
+            optimizer.param_groups[0]["lr"] = self.lr * (0.5 * (1 + math.cos(math.pi * t / steps)) if final else 1.0)
             optimizer.step()
-            schedule.step()
-            cost += 3 * len(z0)
+            cost += (4 if taps else 3) * len(z0)
         position = replace(position, theta=theta)
-        return Correction(kept.renormalised(position) if live else position, {}, cost + live * kept.num_examples)
+        if live:
+            position = kept.renormalised(position)
+            cost += kept.num_examples
+        return Correction(position, dict(optimizer.state[theta]), cost)
+
+    def _gradient(self, kept: Kept, position: Position, batch: Any, z0: Tensor, taps: list[str]) -> Tensor:
+        """Gradient `[D]` of the loss on a minibatch."""
+        function = kept.at(position)
+        model, start = function.map, kept.function.map
+        hidden0 = self._hidden(start, kept.start, batch, taps) if taps else []
+        with model.frozen(batch_statistics=bool(model.normalisers)), torch.enable_grad():
+            theta = position.theta.detach().requires_grad_()
+            outputs, hidden = model.tapped(model.named(theta), batch, taps)
+            loss = (embed(function.geometry, outputs) - z0).square().sum() / len(z0) / kept.scale
+            parts = [(h - h0).square().mean() / h0.var() for h, h0 in zip(hidden, hidden0, strict=True)]
+            if parts:
+                loss = loss + self.tap_weight * sum(parts) / len(parts)
+            return torch.autograd.grad(loss, theta)[0]
 
     @staticmethod
-    def _gradient(kept: Kept, position: Position, batch: object, z0: Tensor, live: bool) -> Tensor:
-        """Gradient `[D]` of the mean over a minibatch of |z - z_0|^2."""
-        function = kept.at(position)
-        with function.map.frozen(batch_statistics=live), torch.enable_grad():
-            theta = position.theta.detach().requires_grad_()
-            z = embed(function.geometry, function.map.call(function.map.named(theta), batch))
-            loss = (z - z0).square().sum() / len(z0)
-            return torch.autograd.grad(loss, theta)[0]
+    def _hidden(model: OutputMap, theta: Tensor, batch: Any, taps: list[str]) -> list[Tensor]:
+        with model.frozen():
+            return model.tapped(model.named(theta), batch, taps)[1]

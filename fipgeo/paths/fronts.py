@@ -21,6 +21,13 @@ from fipgeo.paths.walk import Callback, Method, walk
 from fipgeo.space import Where
 
 
+EXACT = StepControl(initial=0.2, smallest=0.05, largest=0.4, tolerance=0.03)
+"""Step sizes where every correction is nearly complete, so that drift tells how far a step was."""
+
+ROUGH = StepControl(initial=0.2, smallest=0.1, largest=0.25, tolerance=0.1)
+"""Step sizes where corrections are cut short and the last one does most of the work."""
+
+
 class SaturationWarning(UserWarning):
     """The chosen geometry hardly feels the outputs of this model, so it protects little."""
 
@@ -36,6 +43,7 @@ def sparsify(
     held_out: Any = 0.2,
     budget: float | None = None,
     corrector: str | Corrector = "auto",
+    score: str = "auto",
     max_steps: int = 200,
     store: str = "all",
     batch_size: int | None = None,
@@ -60,7 +68,10 @@ def sparsify(
         exclude: Patterns of tensors that stay dense, besides biases and normalisation scales and shifts.
         held_out: Inputs for the verdict, or the share of `inputs` to set apart for it.
         budget: Largest drift allowed (see `PathPoint.drift`); None walks to the target whatever it costs.
-        corrector: "gauss-newton", "first-order", a `Corrector`, or "auto": Gauss-Newton for small problems.
+        corrector: "gauss-newton", "first-order", a `Corrector`, or "auto": Gauss-Newton for small models without
+            BatchNorm.
+        score: What decides which weights become zero: "metric", "lamp", "magnitude" (see `Sparsity.scores`), or "auto":
+            the metric with Gauss-Newton, lamp with the first-order corrector, under which it was measured to be better.
         max_steps: Accepted steps at most.
         store: "all" or "last": which points keep their weights.
         batch_size: Examples in a batch when inputs is a tensor.
@@ -85,19 +96,20 @@ def sparsify(
         >>> path.outcome, path[-1].sparsity
         ('reached', 0.5)
     """
-    objective = Sparsity(sparsity, exclude)
+    Sparsity(sparsity, exclude)  # a wrong target is said before the model is looked at
     field = MetricField(
         model, inputs, geometry, params, batch_size=batch_size, forward_fn=forward_fn, output_fn=output_fn
     )
-    _warn_saturated(field)
+    _look(field)
     chosen = _corrector(corrector, field)
+    exact = isinstance(chosen, GaussNewton)
+    objective = Sparsity(sparsity, exclude, score=("metric" if exact else "lamp") if score == "auto" else score)
     method = Method(
-        control=StepControl(initial=0.2, smallest=0.02, largest=0.35, tolerance=0.03),
+        control=EXACT if exact else ROUGH,
         corrector=chosen,
-        damping=1e-2 if isinstance(chosen, GaussNewton) else None,
+        damping=1e-2 if exact else None,
         budget=budget,
         max_steps=max_steps,
-        polish=3.0,
         store=store,
     )
     return walk(
@@ -118,7 +130,7 @@ def adapt(
     loss_fn: LossFn,
     *,
     keep: Any,
-    budget: float | None = 0.2,
+    budget: float | None = None,
     epochs: float = 1.0,
     lr: float = 0.05,
     momentum: float = 0.9,
@@ -176,14 +188,14 @@ def adapt(
     field = MetricField(
         model, keep, geometry, params, batch_size=batch_size, forward_fn=forward_fn, output_fn=output_fn
     )
-    _warn_saturated(field)
+    _look(field)
     new = _labelled(new_batches, batch_size)
     objective = NewTask(
         new, loss_fn, epochs=epochs, lr=lr, momentum=momentum, hold_zeros=hold_zeros, num_batches=count_batches(new)
     )
     method = Method(
-        control=StepControl(initial=1.0, smallest=1 / 64, largest=1.0, tolerance=0.02),
-        corrector=GaussNewton(steps=0),
+        control=StepControl(initial=1.0, smallest=1 / 64, largest=1.0, tolerance=0.1),
+        corrector=GaussNewton(steps=0, final_steps=1),
         damping=damping,
         budget=budget,
         max_steps=max_steps,
@@ -232,9 +244,9 @@ def _corrector(corrector: str | Corrector, field: MetricField) -> Corrector:
     return kinds[corrector]
 
 
-def _warn_saturated(field: MetricField) -> None:
-    """Say so when the geometry is nearly blind at the model's outputs."""
-    outputs = field.map(field.map.point(), field.function.batches.first())
+def _look(field: MetricField) -> None:
+    """Check the model on the first batch; say so when the geometry is nearly blind at its outputs."""
+    outputs = field.map.check(field.function.batches.first())
     openness = min(field.geometry.openness(f) for f in outputs)
     if openness < 0.05:
         warnings.warn(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fipgeo.data import ListBatches, LoaderBatches, TensorBatches
 from fipgeo.jacobian import EmbeddedOutputs, Survey
+from fipgeo.model import OutputError
 from fipgeo.outputs import embed
 
 
@@ -31,11 +32,13 @@ class Kept:
         function: Embedded outputs on the protected inputs.
         batches: Those inputs, in memory.
         reference: z(theta_0), one tensor `[n, M]` a batch.
+        start: theta_0, `[D]`.
     """
 
     function: EmbeddedOutputs
     batches: TensorBatches | ListBatches
     reference: tuple[Tensor, ...]
+    start: Tensor
 
     @classmethod
     def of(cls, function: EmbeddedOutputs, start: Tensor) -> Kept:
@@ -44,12 +47,17 @@ class Kept:
         assert isinstance(batches, TensorBatches | ListBatches)
         function = replace(function, batches=batches)
         reference = tuple(embed(function.geometry, outputs) for _, outputs in function.outputs(start))
-        return cls(function, batches, reference)
+        return cls(function, batches, reference, start)
 
     @property
     def num_examples(self) -> int:
         """N."""
         return sum(len(z) for z in self.reference)
+
+    @cached_property
+    def scale(self) -> float:
+        """Mean over inputs of |z(theta_0)|^2; 1 if that is 0."""
+        return sum(float(z.double().square().sum()) for z in self.reference) / self.num_examples or 1.0
 
     @property
     def survey(self) -> Survey:
@@ -67,8 +75,11 @@ class Kept:
         return torch.cat([part.reshape(-1) for part in parts])
 
     def loss(self, position: Position) -> float:
-        """Mean over inputs of |z(theta) - z(theta_0)|^2."""
-        return float(self.residual(position).double().square().sum()) / self.num_examples
+        """Mean over inputs of |z(theta) - z(theta_0)|^2; infinite where outputs are not finite."""
+        try:
+            return float(self.residual(position).double().square().sum()) / self.num_examples
+        except OutputError:
+            return float("inf")
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Any, Tensor]:
         """A random minibatch of protected inputs and its reference `[n, M]`."""
@@ -93,7 +104,7 @@ class Kept:
             picked = order[: max(int((counts <= size).sum()), 1)]
             batches = ListBatches([self.batches.batches[i] for i in picked])
             reference = tuple(self.reference[i] for i in picked)
-        return Kept(replace(self.function, batches=batches), batches, tuple(reference))
+        return Kept(replace(self.function, batches=batches), batches, tuple(reference), self.start)
 
     def renormalised(self, position: Position) -> Position:
         """The position with BatchNorm statistics re-estimated on the protected inputs; itself if there is no BatchNorm."""

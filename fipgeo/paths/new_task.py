@@ -50,6 +50,14 @@ class NewTask(Objective):
     name = "loss on new data"
     maximise = False
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for key in ("epochs", "lr", "clip", "refresh", "num_batches"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key}: got {getattr(self, key)}, expected a positive number")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: got {self.momentum}, expected a number in [0, 1)")
+
     def begin(self, kept: Kept, position: Position) -> State:
         """No minibatch seen, no momentum, every weight free (or all but the zeros)."""
         theta = position.theta
@@ -100,6 +108,7 @@ class NewTask(Objective):
     def _stream(self, start: int, count: int) -> Iterator[Any]:
         """Minibatches start, ..., start + count - 1 of the endless sequence of shuffled epochs."""
         while count > 0:
+            before = start
             epoch, skip = divmod(start, self.num_batches)
             for index, batch in enumerate(self.batches.shuffled(epoch + 1)):
                 if index < skip:
@@ -108,6 +117,8 @@ class NewTask(Objective):
                     return
                 yield batch
                 start, count = start + 1, count - 1
+            if start == before:
+                raise ValueError(f"new_batches: a pass gave no batch number {skip} of the {self.num_batches} promised")
 
     def _loss(self, kept: Kept, position: Position, batch: Any) -> tuple[float, Tensor, int]:
         """Loss on a minibatch, its gradient `[D]`, and how many examples it held."""
@@ -116,18 +127,38 @@ class NewTask(Objective):
             theta = position.theta.detach().requires_grad_()
             outputs = function.map.call(function.map.named(theta), batch)
             out = outputs[0] if len(outputs) == 1 else outputs
-            target = batch if isinstance(batch, Mapping) or len(batch) < 2 else batch[1]
-            loss = self.loss_fn(out, target)
+            loss = self.loss_fn(out, _target(batch))
             if not isinstance(loss, Tensor) or loss.dim() or not torch.isfinite(loss):
-                got = f"{loss.detach()}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise ValueError(f"loss_fn: returned {got}, expected a finite scalar tensor; average over the batch")
+                what = type(loss).__name__
+                if isinstance(loss, Tensor):
+                    what = f"a tensor of shape {list(loss.shape)}" if loss.dim() else str(float(loss.detach()))
+                raise ValueError(f"loss_fn: returned {what}, expected a finite scalar tensor; average over the batch")
+            if not loss.requires_grad:
+                raise ValueError("loss_fn: returned a tensor without gradient; compute it from the outputs, undetached")
             return float(loss.detach()), torch.autograd.grad(loss, theta)[0], len(outputs[0])
 
 
+def _target(batch: Any) -> Any:
+    """What the loss compares outputs with: y of `(x, y)`, or a mapping as a whole."""
+    if isinstance(batch, Mapping):
+        return batch
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[1]
+    raise ValueError(f"new_batches: a batch is a {type(batch).__name__}, expected (x, y) or a mapping of tensors")
+
+
 def count_batches(batches: Batches) -> int:
-    """Minibatches that one shuffled pass gives (a pass over a loader that does not tell its length)."""
+    """Minibatches in one shuffled pass; counted by a pass over a loader that does not tell its length.
+
+    Raises:
+        ValueError: There is none.
+    """
     if isinstance(batches, TensorBatches):
         return max(len(batches) // min(batches.batch_size, len(batches)), 1)
-    if isinstance(batches, LoaderBatches) and hasattr(batches.loader, "__len__"):
-        return len(batches.loader)  # type: ignore[arg-type]
-    return sum(1 for _ in batches)
+    try:
+        count = len(batches.loader) if isinstance(batches, LoaderBatches) else sum(1 for _ in batches)  # type: ignore[arg-type]
+    except TypeError:
+        count = sum(1 for _ in batches)
+    if not count:
+        raise ValueError("new_batches: no batch came; expected at least one")
+    return count

@@ -86,7 +86,7 @@ def weight_mask(space: WeightSpace, exclude: str | list[str] | None = None) -> T
     """
     names = {name for name, shape in space.shapes.items() if len(shape) >= 2}
     mask = space.mask(lambda name, _: name in names) if names else torch.zeros(space.dim, dtype=torch.bool)
-    return mask & ~space.mask(exclude) if exclude else mask
+    return mask & ~space.mask(exclude, argument="exclude") if exclude else mask
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class Sparsity(Objective):
     Attributes:
         target: Share of zeros to reach, in [0, 1).
         exclude: Patterns of tensors that stay dense, besides biases and normalisation scales and shifts.
+        score: "metric" for w_j^2 g_jj, "lamp", or "magnitude" (see `scores`).
         samples: Random output directions for each estimate of the diagonal.
         batch_size: Inputs that share a random output direction.
 
@@ -109,6 +110,7 @@ class Sparsity(Objective):
 
     target: float
     exclude: str | list[str] | None = None
+    score: str = "metric"
     samples: int = 128
     batch_size: int = 8
     name = "sparsity"
@@ -120,6 +122,8 @@ class Sparsity(Objective):
             raise ValueError(
                 f"sparsity: got {self.target}, expected a share of zeros in [0, 1), such as 0.9 for 90 % zeros"
             )
+        if self.score not in ("metric", "lamp", "magnitude"):
+            raise ValueError(f"score: got {self.score!r}, expected 'metric', 'lamp' or 'magnitude'")
 
     def counted(self, space: WeightSpace) -> Tensor:
         """The weights that may become zero."""
@@ -143,20 +147,38 @@ class Sparsity(Objective):
         counted, held = state["counted"], state["held"]
         total, have = int(counted.sum()), int(held.sum())
         want = min(self._goal(total), have + max(round(size * (total - have)), 1))
-        diagonal = metric_diagonal(kept, position, self.samples, self.batch_size, generator)
-        score = torch.where(counted & ~held, position.theta.square() * diagonal, torch.inf)
+        score = torch.where(counted & ~held, self.scores(kept, position, counted & ~held, generator), torch.inf)
         chosen = torch.zeros_like(held)
         chosen[score.argsort(stable=True)[: want - have]] = True
         held = held | chosen
         moves = predictor(position, ~held)
         step = torch.where(chosen, -position.theta, 0)
-        cost = 3.0 * self.samples * self.batch_size
+        cost = 3.0 * self.samples * self.batch_size * (self.score == "metric")
         if moves is not None:
             r = moves.kept.residual(position) + moves.root(step)
             step = step + moves(r)
             cost += moves.cost
         theta = torch.where(held, 0, position.theta + step)
         return Proposal(replace(position, theta=theta), ~held, {"counted": counted, "held": held}, moves, cost)
+
+    def scores(self, kept: Kept, position: Position, alive: Tensor, generator: torch.Generator) -> Tensor:
+        """What each weight is worth, `[D]`; the least are set to zero first.
+
+        "metric": the squared change of the embedded outputs that the metric predicts, w_j^2 g_jj. "magnitude": w_j^2.
+        "lamp": w_j^2 over the sum of the squares in its tensor that are at least as large, which shares sparsity out
+        between layers (Lee et al., Layer-Adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021).
+        """
+        square = position.theta.square()
+        if self.score == "magnitude":
+            return square
+        if self.score == "metric":
+            return square * metric_diagonal(kept, position, self.samples, self.batch_size, generator)
+        out = torch.zeros_like(square)
+        for where in kept.function.map.space.slices().values():
+            own = torch.where(alive[where], square[where], 0)
+            values, order = own.sort(stable=True)
+            out[where] = torch.zeros_like(own).scatter(0, order, values / values.flip(0).cumsum(0).flip(0).clamp_min(1e-30))
+        return out
 
     def value(self, position: Position, state: State) -> float:
         """Exact zeros among the counted weights, as a share."""

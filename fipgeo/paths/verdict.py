@@ -107,4 +107,5 @@ def _spread(parts: list[Tensor]) -> float:
         parts = [part.mean(1, keepdim=True) for part in parts]
     z = torch.cat(parts)
     spread = float((z - z.mean(0)).square().sum(1).mean().sqrt())
-    return spread if spread > 0 else 1.0
+    rounding = 1e-6 * float(z.square().sum(1).mean().sqrt())
+    return spread if spread > rounding else 1.0

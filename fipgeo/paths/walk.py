@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from fipgeo.data import Batches, Generator
 from fipgeo.linalg import as_generator
 from fipgeo.metrics import MetricField
+from fipgeo.model import OutputError
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
 from fipgeo.paths.correct import Corrector
@@ -45,7 +47,6 @@ class Method:
             every step.
         budget: Largest drift allowed, or None.
         max_steps: Accepted steps at most.
-        polish: Effort of the correction after the last step, as a multiple of the usual.
         store: "all" to keep the weights of every point, "last" to keep those of the start and the end only.
     """
 
@@ -55,13 +56,17 @@ class Method:
     max_rows: int = 1024
     budget: float | None = None
     max_steps: int = 200
-    polish: float = 1.0
     store: str = "all"
 
     def __post_init__(self) -> None:
         """Check the budget and what is stored."""
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"budget: got {self.budget}, expected a positive drift, or None for no limit")
+        if self.damping is not None and not self.damping > 0:
+            raise ValueError(f"damping: got {self.damping}, expected a positive number, or None for no metric")
+        for key, least in (("max_steps", 1), ("max_rows", 1)):
+            if not getattr(self, key) >= least:
+                raise ValueError(f"{key}: got {getattr(self, key)}, expected at least {least}")
         if self.store not in ("all", "last"):
             raise ValueError(f"store: got {self.store!r}, expected 'all' or 'last'")
 
@@ -96,6 +101,19 @@ def walk(
         ValueError: The budget does not allow even the smallest first step; `resume` is the path of another model or
             objective; or bad inputs (see `OutputMap.check`).
     """
+    with torch.inference_mode(False):
+        return _walk(field, objective, method, held_out, generator, resume).run(progress, callback)
+
+
+def _walk(
+    field: MetricField,
+    objective: Objective,
+    method: Method,
+    held_out: Batches | float,
+    generator: Generator,
+    resume: PathResult | None,
+) -> _Walker:
+    """Everything looked at and cached before the first step."""
     field.map.check(field.function.batches.first())
     random, begun = as_generator(generator), None
     if resume is not None:
@@ -105,6 +123,7 @@ def walk(
         random.set_state(resume.state["generator_start"])
     generator_start = random.get_state()
     if isinstance(held_out, Batches):
+        field.map.check(held_out.first())
         inside, outside = field.function.batches, held_out
     else:
         inside, outside = field.function.batches.split(held_out, random)
@@ -114,17 +133,17 @@ def walk(
     verdict = Verdict(replace(function, batches=outside), start.theta)
     walker = _Walker(objective, method, kept, verdict, objective.counted(field.space), random, generator_start)
     if resume is None or begun is None:
-        state = PathState(start, start, method.control.initial, objective=objective.begin(kept, start))
-        points = [walker.point(state, walker.measure(start), None)]
+        walker.state = PathState(start, start, method.control.initial, objective=objective.begin(kept, start))
+        walker.points = [walker.point(walker.state, walker.measure(start), None)]
     else:
         random.set_state(resume.state["generator"])
-        state, points = begun, list(resume.points)
-    return walker.run(state, points, progress, callback)
+        walker.state, walker.points = begun, list(resume.points)
+    return walker
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Walker:
-    """Everything that stays fixed along a path."""
+    """What stays fixed along a path, and at the end of the list what does not: its state and its points."""
 
     objective: Objective
     method: Method
@@ -133,12 +152,12 @@ class _Walker:
     counted: Tensor
     generator: torch.Generator
     generator_start: Tensor
+    state: PathState = field(init=False)
+    points: list[PathPoint] = field(init=False)
 
-    def run(
-        self, state: PathState, points: list[PathPoint], progress: bool, callback: Callback | None
-    ) -> PathResult:
+    def run(self, progress: bool, callback: Callback | None) -> PathResult:
         """Steps until an outcome is there."""
-        control, budget = self.method.control, self.method.budget
+        control, budget, state, points = self.method.control, self.method.budget, self.state, self.points
         outcome = "reached" if self.objective.reached(state.objective) else ""
         clock = time.perf_counter() - state.seconds
         with _bar(progress, self.objective.name) as show:
@@ -164,31 +183,30 @@ class _Walker:
         return self.result(state, points, outcome)
 
     def step(self, state: PathState) -> tuple[PathState, Measured]:
-        """One whole step: predictor, normalisation where it helps, corrector, verdict."""
+        """One whole step: predictor, corrector, verdict."""
         proposal = self.objective.propose(
             self.kept, state.position, state.objective, state.size, self.predictor, self.generator
         )
-        position, cost = proposal.position, proposal.cost
-        if self.kept.function.map.normalisers:
-            position = min((position, self.kept.renormalised(position)), key=self.kept.loss)
-            cost += 3 * self.kept.num_examples
         corrected = self.method.corrector.correct(
             self.kept,
-            position,
+            proposal.position,
             proposal.free,
             state.corrector,
             self.generator,
             moves=proposal.moves,
-            effort=self.method.polish if self.objective.reached(proposal.state) else 1.0,
+            final=self.objective.reached(proposal.state),
         )
         new = replace(
             state,
             position=corrected.position,
             objective=proposal.state,
             corrector=corrected.state,
-            cost=state.cost + cost + corrected.cost + self.verdict.num_examples,
+            cost=state.cost + proposal.cost + corrected.cost + self.verdict.num_examples,
         )
-        return new, self.measure(new.position)
+        try:
+            return new, self.measure(new.position)
+        except OutputError:  # the step overflowed: no verdict, so it will be refused
+            return new, Measured(math.inf, math.inf, math.nan, math.nan)
 
     def predictor(self, position: Position, free: Tensor) -> Compensation | None:
         """The tangent moves at a position, on as many protected inputs as the method allows."""
@@ -251,11 +269,14 @@ class _Walker:
 
 
 def _check_resume(resume: PathResult, objective: Objective, field: MetricField) -> None:
-    dim = len(resume.state["theta"])
-    if dim != field.space.dim or resume.objective_name != objective.name:
+    dim, space = len(resume.state["theta"]), field.space
+    stored = dict(resume[0].tensors or {})
+    differ = [n for n, shape in space.shapes.items() if n not in stored or stored[n].shape != shape]
+    if dim != space.dim or differ or resume.objective_name != objective.name:
         raise ValueError(
-            f"resume: a path of {resume.objective_name!r} in {dim} weights, expected {objective.name!r} in"
-            f" {field.space.dim}; resume with the model, params and objective that it was walked with"
+            f"resume: a path of {resume.objective_name!r} in {dim} weights, expected {objective.name!r} in {space.dim}"
+            + (f" (tensors that differ: {', '.join(differ[:4])})" if differ else "")
+            + "; resume with the model, params and objective that it was walked with"
         )
 
 

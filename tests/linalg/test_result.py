@@ -76,7 +76,10 @@ def test_trace_is_within_its_error(seed: int) -> None:
     dense = prescribed(seed, draw(seed, 30).square())
     counting = Counting(Dense(dense, psd=True))
     found = trace(counting, num_samples=400, generator=seed)
-    exact, spread = float(dense.diagonal().sum()), 2 * (dense.square().sum() - dense.diagonal().square().sum())
+    exact, spread = (
+        float(dense.diagonal().sum()),
+        2 * (dense.square().sum() - dense.diagonal().square().sum()),
+    )
     assert counting.calls == 1 and counting.vectors == found.num_samples == 400
     assert abs(float(found) - exact) < 5 * found.std_error
     assert found.std_error == pytest.approx(float((spread / 400).sqrt()), rel=0.35)
@@ -85,7 +88,9 @@ def test_trace_is_within_its_error(seed: int) -> None:
 def test_trace_edge_cases() -> None:
     assert trace(Diagonal(torch.arange(5.0))) == Estimate(10.0, 0.0, 32)
     assert math.isnan(trace(Dense(torch.ones(2, 2)), num_samples=1).std_error)
-    assert trace(Dense(torch.ones(9, 9)), generator=1) == trace(Dense(torch.ones(9, 9)), generator=as_generator(1))
+    assert trace(Dense(torch.ones(9, 9)), generator=1) == trace(
+        Dense(torch.ones(9, 9)), generator=as_generator(1)
+    )
     assert trace(Dense(torch.ones(9, 9)), generator=1) != trace(Dense(torch.ones(9, 9)), generator=2)
     with pytest.raises(ValueError, match="square"):
         trace(Dense(torch.ones(2, 3)))
