@@ -126,7 +126,9 @@ class OutputMap:
         buffers = {n: self.buffers.get(n, b).clone() for n, b in self.module.named_buffers()}
         return _leaves(torch.func.functional_call(self._caller, self._swap(weights, buffers), (_copied(batch),)))
 
-    def tapped(self, weights: Mapping[str, Tensor], batch: Any, taps: list[str]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    def tapped(
+        self, weights: Mapping[str, Tensor], batch: Any, taps: list[str]
+    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """Outputs as `call` gives them, and the outputs of the named modules, in that order; inside `frozen()`."""
         found: dict[str, Tensor] = {}
         modules = dict(self.module.named_modules())
@@ -144,7 +146,7 @@ class OutputMap:
         return outputs, [found[name] for name in taps]
 
     def blocks(self) -> list[str]:
-        """The smallest modules that hold at least two weight matrices (residual blocks, attention, MLPs), but the model."""
+        """Smallest modules with two or more weight matrices (residual blocks, attention, MLPs), the model left out."""
         count = {n: sum(p.dim() > 1 for p in m.parameters()) for n, m in self.module.named_modules() if n}
         large = [n for n, weights in count.items() if weights > 1]
         return [n for n in large if not any(other.startswith(n + ".") for other in large)]
