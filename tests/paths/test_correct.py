@@ -125,11 +125,11 @@ def test_gauss_newton_takes_a_chord_step_with_the_predictors_moves() -> None:
     assert same_bits(found.position.theta[~free], position.theta[~free])
 
 
-def test_effort_multiplies_the_work() -> None:
+def test_the_last_correction_may_work_more() -> None:
     kept, position, free = perturbed(2, 0.3)
-    corrector = FirstOrder(steps=10, batch_size=16, lr=0.01)
+    corrector = FirstOrder(steps=10, final_steps=30, batch_size=16, lr=0.01)
     once = corrector.correct(kept, position, free, {}, torch.Generator())
-    thrice = corrector.correct(kept, position, free, {}, torch.Generator(), effort=3.0)
+    thrice = corrector.correct(kept, position, free, {}, torch.Generator(), final=True)
     assert thrice.cost == 3 * once.cost
 
 

@@ -252,6 +252,21 @@ def test_tied_weights_are_sparse_together() -> None:
     assert torch.equal(model.get_parameter("b.weight"), model.get_parameter("a.weight"))
 
 
+def test_outputs_of_the_wrong_kind_on_the_way_are_not_called_stalled() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(0)
+
+        def forward(self, x: Tensor) -> Any:
+            out = self.inner(x)
+            pruned = bool((self.inner[0].weight == 0).any() | (self.inner[2].weight == 0).any())
+            return "text" if pruned else out
+
+    with pytest.raises(ValueError, match="outputs: the model returned"):
+        sparse_path(Fickle(), inputs(3, 40), 0.5, corrector=CORRECTORS["first-order"])
+
+
 # the one-call fronts
 
 

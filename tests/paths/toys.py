@@ -12,8 +12,8 @@ from fipgeo import FirstOrder, GaussNewton, Method, MetricField, PathPoint, Path
 from fipgeo.paths import Corrector, Kept
 
 FEATURES, CLASSES = 5, 3
-GAUSS_NEWTON = GaussNewton(steps=1)
-FIRST_ORDER = FirstOrder(steps=4, batch_size=16, lr=0.01)
+GAUSS_NEWTON = GaussNewton(steps=1, final_steps=2)
+FIRST_ORDER = FirstOrder(steps=4, final_steps=8, batch_size=16, lr=0.01)
 CORRECTORS = {"gauss-newton": GAUSS_NEWTON, "first-order": FIRST_ORDER}
 
 
