@@ -30,7 +30,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def magnitude(model: nn.Module, sparsity: float, inputs: Tensor | None = None) -> nn.Module:
-    """The smallest weights of all layers together set to zero; BatchNorm statistics re-estimated if inputs are given."""
+    """The smallest weights of all layers set to zero; BatchNorm statistics re-estimated if inputs are given."""
     pruned = copy.deepcopy(model)
     weights = [p for p in pruned.parameters() if p.dim() > 1]
     flat = torch.cat([w.abs().flatten() for w in weights])

@@ -71,8 +71,8 @@ class Metric:
 
     @property
     def rank_bound(self) -> int:
-        """The rank cannot exceed the number of embedded outputs, nor the dimension."""
-        return min(self.root.shape)
+        """The rank cannot exceed the dimension, nor the dimensions along which the embedded outputs can change."""
+        return self.root.rank_bound
 
     def matvec(self, v: Tensor) -> Tensor:
         """The product g v for a vector or a stack, `[..., D]` to `[..., D]`; a covector."""
@@ -116,7 +116,7 @@ class Metric:
         if method not in ("auto", "dual", "dense", "cg"):
             raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'cg'")
         if method == "auto":
-            method = "cg" if self.rank_bound > SMALL else "dual" if self.root.shape[0] <= self.dim else "dense"
+            method = "cg" if min(self.root.shape) > SMALL else "dual" if self.root.shape[0] <= self.dim else "dense"
         if method == "dual":
             return self.dual_factor().solve(rhs, damping)
         self._prepare()
@@ -171,7 +171,9 @@ class Metric:
         if method not in ("auto", "dual", "dense", "lanczos"):
             raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'lanczos'")
         if method == "auto":
-            method = "lanczos" if self.rank_bound > SMALL else "dual" if self.root.shape[0] <= self.dim else "dense"
+            method = (
+                "lanczos" if min(self.root.shape) > SMALL else "dual" if self.root.shape[0] <= self.dim else "dense"
+            )
         self._prepare()
         if method == "dual":
             found = dual_eigh(self.root, scale=1 / self.num_examples, k=k, gram=self._dual_gram())

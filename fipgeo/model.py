@@ -129,13 +129,15 @@ class OutputMap:
     def tapped(
         self, weights: Mapping[str, Tensor], batch: Any, taps: list[str]
     ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """Outputs as `call` gives them, and the outputs of the named modules, in that order; inside `frozen()`."""
+        """Outputs as `call` gives them, and the first tensor that each named module put out; inside `frozen()`."""
         found: dict[str, Tensor] = {}
         modules = dict(self.module.named_modules())
 
         def note(module: nn.Module, args: Any, out: Any, *, name: str) -> None:
             del module, args
-            found[name] = _leaves(out)[0]
+            hidden = next(_floats(out), None)
+            if hidden is not None:
+                found[name] = hidden
 
         hooks = [modules[name].register_forward_hook(partial(note, name=name)) for name in taps]
         try:
@@ -143,7 +145,7 @@ class OutputMap:
         finally:
             for hook in hooks:
                 hook.remove()
-        return outputs, [found[name] for name in taps]
+        return outputs, [found[name] for name in taps if name in found]
 
     def blocks(self) -> list[str]:
         """Smallest modules with two or more weight matrices (residual blocks, attention, MLPs), the model left out."""
@@ -330,6 +332,10 @@ class OutputError(ValueError):
     """The model's outputs are not what a metric can be built on."""
 
 
+class NotFiniteError(OutputError):
+    """The model's outputs are NaN or infinite."""
+
+
 def _checked(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     counts = [len(f) for f in outputs]
     if not outputs or len(set(counts)) != 1:
@@ -359,6 +365,15 @@ def _check_normalisation(module: nn.Module) -> None:
                 f"model: {name or type(m).__name__} is a BatchNorm that keeps no running statistics, so an output"
                 " depends on the other examples of its batch even in eval mode; use track_running_stats=True and train"
             )
+
+
+def _floats(tree: Any) -> Iterator[Tensor]:
+    """The floating tensors anywhere in nested mappings, lists and tuples."""
+    if isinstance(tree, Tensor):
+        yield from (t for t in (tree,) if t.is_floating_point())
+    elif isinstance(tree, Mapping | list | tuple):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _floats(value)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,13 @@ class Geometry(ABC):
 
     Subclasses give `embed`; those whose embedding is curved also give `length`, the length of the geodesic that
     belongs to a straight chord.
+
+    Attributes:
+        lost: Dimensions of an embedded output along which it cannot change (1 on a sphere and for centred logits); they
+            lower the rank of the metric.
     """
+
+    lost: ClassVar[int] = 0
 
     @abstractmethod
     def embed(self, outputs: Tensor) -> Tensor:
@@ -71,6 +78,8 @@ class Logits(Geometry):
         >>> Logits().embed(f + 5.0)
         tensor([[-1.,  0.,  1.]])
     """
+
+    lost: ClassVar[int] = 1
 
     def embed(self, outputs: Tensor) -> Tensor:
         """Centred outputs.
@@ -130,6 +139,8 @@ class Categorical(Geometry):
 
     temperature: float = 1.0
 
+    lost: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         """Check the temperature."""
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -181,6 +192,8 @@ class Bernoulli(Geometry):
 @dataclass(frozen=True)
 class Cosine(Geometry):
     """phi(f) = f / |f|: directions of embeddings; distance is the angle in radians."""
+
+    lost: ClassVar[int] = 1
 
     def embed(self, outputs: Tensor) -> Tensor:
         """Unit vectors along the last axis.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fipgeo.data import Batches, same_batch
-from fipgeo.model import OutputError, OutputMap
+from fipgeo.model import NotFiniteError, OutputError, OutputMap
 from fipgeo.outputs import Geometry, embed
 
 Weights = Mapping[str, Tensor]
@@ -23,10 +23,12 @@ class Survey:
     Attributes:
         rows: Embedded outputs of every batch, all examples together.
         examples: Examples of every batch.
+        lost: Dimensions of all embedded outputs together along which they cannot change.
     """
 
     rows: tuple[int, ...]
     examples: tuple[int, ...]
+    lost: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -69,7 +71,7 @@ class EmbeddedOutputs:
             if not all(len(f) for f in outputs):
                 raise OutputError(f"inputs: batch {index} holds 0 examples; expected at least one in every batch")
             if not all(bool(torch.isfinite(f).all()) for f in outputs):
-                raise OutputError(
+                raise NotFiniteError(
                     f"outputs: NaN or infinite values in batch {index}; check the weights and the scale of the inputs"
                 )
             yield batch, outputs
@@ -82,7 +84,7 @@ class EmbeddedOutputs:
         """
         first = self.batches.first()
         self.map.check(first, theta)
-        rows, examples = [], []
+        rows, examples, lost = [], [], 0
         for index, (batch, outputs) in enumerate(self.outputs(theta)):
             if index == 0 and not same_batch(first, batch):
                 raise ValueError(
@@ -97,6 +99,7 @@ class EmbeddedOutputs:
                 )
             rows.append(z.numel())
             examples.append(len(z))
+            lost += self.geometry.lost * sum(f.numel() // f.shape[-1] for f in outputs)
         if not rows:
             raise ValueError("inputs: a second pass over the data gave no batch; pass list(inputs) or a DataLoader")
-        return Survey(tuple(rows), tuple(examples))
+        return Survey(tuple(rows), tuple(examples), lost)

@@ -69,6 +69,11 @@ class JacobianRoot(LinearOperator):
         if engine == "materialised":
             self.prepare()
 
+    @property
+    def rank_bound(self) -> int:
+        """The rank exceeds neither D nor the dimensions along which the embedded outputs can change."""
+        return min(self.shape[0] - self.survey.lost, self.shape[1])
+
     @cached_property
     def autodiff(self) -> AutodiffRoot:
         """The engine that stores nothing; looks at the model's derivative rules when it is first used."""
@@ -107,7 +112,7 @@ class JacobianRoot(LinearOperator):
         return (
             f"root: {rows:,} rows ({self.survey.num_examples:,} examples) x {dim:,} weights in {self.dtype};"
             f" as rows {_gib(self.num_bytes)}, which {fit} max_bytes = {_gib(self.max_bytes)};"
-            f" engine {self.engine!r}, now using {using}; rank at most {min(rows, dim):,}"
+            f" engine {self.engine!r}, now using {using}; rank at most {self.rank_bound:,}"
         )
 
     @property

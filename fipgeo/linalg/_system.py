@@ -19,9 +19,7 @@ class System:
 
     def __init__(self, operator: LinearOperator, rhs: Tensor, damping: float) -> None:
         if operator.shape[0] != operator.shape[1]:
-            raise ValueError(
-                f"operator has shape {operator.shape}, expected a square one; for least squares take lsmr"
-            )
+            raise ValueError(f"operator has shape {operator.shape}, expected a square one; for least squares take lsmr")
         require_damping(damping)
         self.rhs = as_rows(operator, rhs, operator.shape[0])
         self.operator, self.damping, self.num_products = operator, float(damping), 0
@@ -42,15 +40,11 @@ class System:
         """Norms of residuals `[k, n]` relative to the right-hand sides, `[k]`."""
         return ratio(norms(residual), self.lengths)
 
-    def solution(
-        self, x: Tensor, residual: Tensor, outcome: Outcome, num_iters: int, **extra: Tensor
-    ) -> Solution:
+    def solution(self, x: Tensor, residual: Tensor, outcome: Outcome, num_iters: int, **extra: Tensor) -> Solution:
         """The record for `x` and relative residuals `[k]`, in the batch shape that came."""
         unfolded = {name: entry.reshape((*entry.shape[:-1], *self.batch)) for name, entry in extra.items()}
         value = x.reshape((*self.batch, x.shape[-1]))
-        return Solution(
-            value, outcome, residual.reshape(self.batch), num_iters, self.num_products, **unfolded
-        )
+        return Solution(value, outcome, residual.reshape(self.batch), num_iters, self.num_products, **unfolded)
 
 
 def as_rows(operator: LinearOperator, rhs: Tensor, size: int, name: str = "rhs") -> Tensor:
@@ -61,9 +55,7 @@ def as_rows(operator: LinearOperator, rhs: Tensor, size: int, name: str = "rhs")
             f"{operator.shape}; vectors are rows of a stack"
         )
     if rhs.dtype != operator.dtype:
-        raise TypeError(
-            f"{name} is {rhs.dtype}, the operator {operator.dtype}; convert with .to({operator.dtype})"
-        )
+        raise TypeError(f"{name} is {rhs.dtype}, the operator {operator.dtype}; convert with .to({operator.dtype})")
     return rhs.reshape(-1, size)
 
 
@@ -74,7 +66,7 @@ def require_damping(damping: float) -> None:
 
 
 def tolerance(rtol: float | None, dtype: torch.dtype) -> float:
-    """`rtol` if it was given; otherwise 1e-6, or 100 eps of the dtype where that is more (1.2e-5 in float32)."""
+    """`rtol` if it was given; otherwise 1e-6, or 100 eps where that is more (1.2e-5 in float32)."""
     return max(1e-6, 100 * torch.finfo(dtype).eps) if rtol is None else rtol
 
 
@@ -91,8 +83,6 @@ def require_spectrum(operator: LinearOperator, k: int) -> None:
             f"operator has shape {operator.shape}, expected a symmetric one; for singular values take Gram"
         )
     if not operator.symmetric:
-        raise ValueError(
-            "operator is not declared symmetric; build it with symmetric=True or psd=True, or take Gram"
-        )
+        raise ValueError("operator is not declared symmetric; build it with symmetric=True or psd=True, or take Gram")
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}, expected 1 to {n} for an operator of shape {operator.shape}")

@@ -35,9 +35,7 @@ def trace(
     """
     n = operator.shape[0]
     if operator.shape != (n, n):
-        raise ValueError(
-            f"operator has shape {operator.shape}, a trace needs a square one; for |A|_F^2 take Gram(A)"
-        )
+        raise ValueError(f"operator has shape {operator.shape}, a trace needs a square one; for |A|_F^2 take Gram(A)")
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1")
     generator = _stacks.as_generator(generator)

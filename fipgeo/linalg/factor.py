@@ -246,9 +246,7 @@ def _dual_inverse(
     return solve
 
 
-def _refined(
-    system: System, inverse: Callable[[Tensor], Tensor], rtol: float | None, refine: int
-) -> Solution:
+def _refined(system: System, inverse: Callable[[Tensor], Tensor], rtol: float | None, refine: int) -> Solution:
     """Solve, and refine rows whose true residual is too large; a step that does not help is not taken."""
     rtol = tolerance(rtol, system.rhs.dtype)
     x = inverse(system.rhs)

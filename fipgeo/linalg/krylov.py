@@ -34,8 +34,8 @@ def lanczos(
     Args:
         operator: A, symmetric, shape `(n, n)`.
         k: pairs, 1 <= k <= n. Eigenvalues beyond the rank come out as zeros to rounding.
-        rtol: a pair is accurate when `|A v - lambda v| <= rtol max |lambda|`; None for 1e-6, in float32 1.2e-5
-            (100 eps).
+        rtol: a pair is accurate when `|A v - lambda v| <= rtol max |lambda|`; None for 1e-6, in float32
+            1.2e-5 (100 eps).
         max_products: most products; None for `100 + 20 k`, or `2 n` (at most 1000) where that is more.
         basis_size: vectors in the basis, `2 basis_size n` numbers; None for `2 k + 20`, at most n.
         block_size: vectors a step, multiplied in one stack. Larger blocks need more products, but fewer
@@ -43,9 +43,9 @@ def lanczos(
         generator: start vectors; generator or seed, None for the fixed seed 0.
 
     Returns:
-        Spectrum. `complete`: a random block outside the k vectors was mapped to zero, to rounding. `STAGNATED`:
-        rounding or noise in the products kept residuals above `rtol`. `MAX_ITERATIONS`: the products were used
-        up; there may be fewer than k values, and copies may be missing.
+        Spectrum. `complete`: a random block outside the k vectors was mapped to zero, to rounding.
+        `STAGNATED`: rounding or noise in the products kept residuals above `rtol`. `MAX_ITERATIONS`: the
+        products were used up; there may be fewer than k values, and copies may be missing.
 
     Raises:
         ValueError: if A is not square or not declared symmetric, or k, basis_size or block_size are out of

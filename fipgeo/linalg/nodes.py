@@ -30,9 +30,7 @@ class Dense(LinearOperator):
 
     def __init__(self, matrix: Tensor, symmetric: bool = False, psd: bool = False) -> None:
         if matrix.ndim != 2:
-            raise ValueError(
-                f"matrix has shape {tuple(matrix.shape)}, expected [m, n]; for a diagonal take Diagonal"
-            )
+            raise ValueError(f"matrix has shape {tuple(matrix.shape)}, expected [m, n]; for a diagonal take Diagonal")
         m, n = matrix.shape
         super().__init__((m, n), dtype=matrix.dtype, device=matrix.device, symmetric=symmetric, psd=psd)
         self.matrix = matrix
@@ -60,9 +58,7 @@ class Diagonal(LinearOperator):
 
     def __init__(self, entries: Tensor) -> None:
         if entries.ndim != 1:
-            raise ValueError(
-                f"entries have shape {tuple(entries.shape)}, expected [n]; for a matrix take Dense"
-            )
+            raise ValueError(f"entries have shape {tuple(entries.shape)}, expected [n]; for a matrix take Dense")
         n, psd = len(entries), bool((entries >= 0).all())
         super().__init__((n, n), dtype=entries.dtype, device=entries.device, symmetric=True, psd=psd)
         self.entries = entries
@@ -92,9 +88,7 @@ class Identity(LinearOperator):
                 [0., 3.]])
     """
 
-    def __init__(
-        self, n: int, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, n: int, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
         super().__init__((n, n), dtype=dtype or torch.get_default_dtype(), device=device, psd=True)
 
     def _apply(self, x: Tensor) -> Tensor:
@@ -171,9 +165,7 @@ class Gram(LinearOperator):
 
     def __init__(self, root: LinearOperator, scale: float = 1.0) -> None:
         if not scale >= 0:
-            raise ValueError(
-                f"scale is {scale}, expected at least 0; for a negative Gram operator write -Gram(root)"
-            )
+            raise ValueError(f"scale is {scale}, expected at least 0; for a negative Gram operator write -Gram(root)")
         n = root.shape[1]
         super().__init__((n, n), dtype=root.dtype, device=root.device, psd=True)
         self.root, self.scale = root, float(scale)
@@ -221,9 +213,7 @@ class Stack(LinearOperator):
     def __init__(self, blocks: Sequence[LinearOperator]) -> None:
         first = require_alike("Stack", blocks)
         if len({block.shape[1] for block in blocks}) > 1:
-            raise ValueError(
-                f"Stack got shapes {[block.shape for block in blocks]}; all need the same columns"
-            )
+            raise ValueError(f"Stack got shapes {[block.shape for block in blocks]}; all need the same columns")
         self.sizes = [block.shape[0] for block in blocks]
         super().__init__((sum(self.sizes), first.shape[1]), dtype=first.dtype, device=first.device)
         self.blocks = tuple(blocks)
@@ -237,9 +227,7 @@ class Stack(LinearOperator):
         return torch.cat([block._apply(x) for block in self.blocks], dim=-1)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        parts = [
-            block._adjoint(part) for block, part in zip(self.blocks, y.split(self.sizes, -1), strict=True)
-        ]
+        parts = [block._adjoint(part) for block, part in zip(self.blocks, y.split(self.sizes, -1), strict=True)]
         return sum(parts[1:], parts[0])
 
     def _normal(self, x: Tensor) -> Tensor:
@@ -265,15 +253,11 @@ def from_scipy(operator: Any, *, symmetric: bool = False, psd: bool = False) -> 
 
     wrapped = aslinearoperator(operator)
     if wrapped.dtype is None or wrapped.dtype.kind != "f":
-        raise TypeError(
-            f"operator has dtype {wrapped.dtype}, expected real floating; convert with .astype(float)"
-        )
+        raise TypeError(f"operator has dtype {wrapped.dtype}, expected real floating; convert with .astype(float)")
     dtype = torch.from_numpy(np.empty(0, dtype=wrapped.dtype)).dtype
 
     def product(call: Callable[[np.ndarray], np.ndarray]) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.from_numpy(
-            np.array(call(x.detach().cpu().numpy().T).T, wrapped.dtype, order="C")
-        )
+        return lambda x: torch.from_numpy(np.array(call(x.detach().cpu().numpy().T).T, wrapped.dtype, order="C"))
 
     adjoint = None if symmetric or psd else product(wrapped.rmatmat)
     m, n = wrapped.shape

@@ -58,9 +58,7 @@ class LinearOperator(ABC):
         if not dtype.is_floating_point:
             raise TypeError(f"dtype {dtype} is not real floating; convert with tensor.to(torch.float64)")
         if (symmetric or psd) and rows != columns:
-            raise ValueError(
-                f"a symmetric or psd operator is square, not {tuple(shape)}; drop the declaration"
-            )
+            raise ValueError(f"a symmetric or psd operator is square, not {tuple(shape)}; drop the declaration")
         self.shape = (int(rows), int(columns))
         self.dtype = dtype
         self.device = torch.device(device)
@@ -105,13 +103,9 @@ class LinearOperator(ABC):
                 f"{self.shape}; A(x) takes stacks [k, n], A @ X takes columns [n, k]"
             )
         if x.dtype != self.dtype:
-            raise TypeError(
-                f"{call} got {x.dtype} for an operator in {self.dtype}; convert with .to({self.dtype})"
-            )
+            raise TypeError(f"{call} got {x.dtype} for an operator in {self.dtype}; convert with .to({self.dtype})")
         if x.device != self.device:
-            raise ValueError(
-                f"{call} got {x.device} for an operator on {self.device}; move with .to('{self.device}')"
-            )
+            raise ValueError(f"{call} got {x.device} for an operator on {self.device}; move with .to('{self.device}')")
         rows = x.reshape(x.shape[:-1].numel(), size_in)
         result = product(rows) if rows.shape[0] else rows.new_zeros(0, size_out)
         if result.shape != (rows.shape[0], size_out):

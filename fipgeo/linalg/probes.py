@@ -104,9 +104,7 @@ def dense_gap(operator: LinearOperator, dense: Tensor) -> float:
     """
     m, n = operator.shape
     if dense.shape != (m, n):
-        raise ValueError(
-            f"dense has shape {tuple(dense.shape)}, expected that of the operator, {operator.shape}"
-        )
+        raise ValueError(f"dense has shape {tuple(dense.shape)}, expected that of the operator, {operator.shape}")
     domain = torch.eye(n, dtype=operator.dtype, device=operator.device)
     codomain = torch.eye(m, dtype=operator.dtype, device=operator.device)
     pairs = [

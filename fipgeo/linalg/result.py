@@ -21,7 +21,7 @@ class Outcome(enum.Enum):
     """
 
     CONVERGED = "the requested tolerance was reached, as measured with true products"
-    STAGNATED = "rounding stops the residual above the tolerance; loosen rtol, add damping, or build the operator in float64"
+    STAGNATED = "rounding stops the residual above rtol; loosen it, add damping, or work in float64"
     MAX_ITERATIONS = (
         "the tolerance was not reached within the allowed work; raise max_iters or max_products, add "
         "damping, or give a preconditioner"
@@ -30,7 +30,7 @@ class Outcome(enum.Enum):
         "a direction of negative or zero curvature was met, so the system is not positive definite; raise "
         "damping above the negative curvature, or check that the operator is psd (psd_gap)"
     )
-    NOT_FINITE = "a product returned NaN or infinity; check the operator, the right-hand side, and overflow in low precision"
+    NOT_FINITE = "a product returned NaN or infinity; check the operator, the input, and overflow"
 
     @property
     def ok(self) -> bool:
@@ -105,9 +105,7 @@ class Solution:
         if self.ok:
             return self
         worst = float(self.residual.max()) if self.residual.numel() else math.nan
-        curvature = (
-            "" if self.curvature is None else f", smallest curvature {float(self.curvature.min()):.3g}"
-        )
+        curvature = "" if self.curvature is None else f", smallest curvature {float(self.curvature.min()):.3g}"
         raise SolveError(
             f"{self.outcome.name}: {self.outcome.message} (relative residual {worst:.3g} after "
             f"{self.num_iters} iterations and {self.num_products} products{curvature})",
@@ -198,9 +196,7 @@ class Spectrum:
         """
         names = {f.name for f in fields(cls)}
         if state.keys() != names:
-            raise ValueError(
-                f"state has entries {sorted(state)}, expected {sorted(names)}; make it with Spectrum.to_dict()"
-            )
+            raise ValueError(f"state has entries {sorted(state)}, expected {sorted(names)}; use Spectrum.to_dict()")
         if state["outcome"] not in Outcome.__members__:
             raise ValueError(f"outcome {state['outcome']!r} is none of {list(Outcome.__members__)}")
         entries: dict[str, Any] = state | {"outcome": Outcome[state["outcome"]]}

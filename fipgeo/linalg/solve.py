@@ -43,8 +43,8 @@ def cg(
         x0: start, `[..., n]`; None for zero.
 
     Returns:
-        Solution. `BREAKDOWN`: a direction of negative (or, to rounding, zero) curvature was met; `value` is the
-        iterate before it, `curvature` the number. `STAGNATED`: going on from the true residual no longer
+        Solution. `BREAKDOWN`: a direction of negative (or, to rounding, zero) curvature was met; `value` is
+        the iterate before it, `curvature` the number. `STAGNATED`: going on from the true residual no longer
         reduces it, or the rounding of x alone is as large. `MAX_ITERATIONS`: the best that the allowed work
         gave, with its true residual.
 
@@ -155,9 +155,7 @@ class _ConjugateGradients:
         done, near = after <= self.target[some], after <= 2 * self.target[some]
         # below eps |A| |x| the rounding of x alone moves the residual, and starting again does not help
         floor = torch.finfo(self.x.dtype).eps * self.highest[some] * norms(self.x[some])
-        stuck = ~done & torch.where(
-            near, ~(after <= 0.9 * before), ~(after <= 0.5 * before) | (after <= floor)
-        )
+        stuck = ~done & torch.where(near, ~(after <= 0.9 * before), ~(after <= 0.5 * before) | (after <= floor))
         is_done, is_stuck, is_far = (claimed.index_put((claimed,), mask) for mask in (done, stuck, ~near))
         self.stop(is_done, Outcome.CONVERGED, measured=True)
         self.stop(is_stuck[~is_done], Outcome.STAGNATED, measured=True)

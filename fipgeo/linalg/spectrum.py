@@ -90,9 +90,7 @@ def dense_eigh(operator: LinearOperator, k: int | None = None, max_bytes: int = 
     return _record(operator, values.flip(0), k, vectors, n)
 
 
-def _record(
-    operator: LinearOperator, values: Tensor, k: int, vectors: Tensor | None, num_products: int
-) -> Spectrum:
+def _record(operator: LinearOperator, values: Tensor, k: int, vectors: Tensor | None, num_products: int) -> Spectrum:
     """The k largest of all values, with residuals by true products if there are vectors."""
     values = values.to(operator.dtype)
     found = Spectrum(

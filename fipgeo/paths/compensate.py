@@ -4,8 +4,8 @@ r"""Least squares in the tangent space: which move of the free weights best undo
       = -R_F^T (R_F R_F^T + N mu)^{-1} r  =  -(g_FF + mu)^{-1} R_F^T r / N
 
 One object serves two steps of a path. Predictor: with r = R d it turns a wished displacement d into
-d + w = argmin <v, g v> + mu |v - d|^2, which for F = everything is mu (g + mu)^{-1} d: free directions pass, costly ones
-are damped. Corrector: with r = z(theta) - z(theta_0) it is the Gauss-Newton (Levenberg-Marquardt) step.
+d + w = argmin <v, g v> + mu |v - d|^2, which for F = everything is mu (g + mu)^{-1} d: free directions pass, costly
+ones are damped. Corrector: with r = z(theta) - z(theta_0) it is the Gauss-Newton (Levenberg-Marquardt) step.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Compensation:
         self.masked: LinearOperator = using @ Diagonal(mask)
         self.gram: Tensor | None = None
         if isinstance(using, Dense):
-            self.masked = Dense(using.matrix * mask)
+            self.masked = using if bool(free.all()) else Dense(using.matrix * mask)
             total = float(self.masked.matrix.square().sum(1).double().sum())
             if self.root.shape[0] <= MAX_ROWS:
                 self.gram = (self.masked.matrix @ self.masked.matrix.T).double()
@@ -81,7 +81,7 @@ class Compensation:
         return self
 
     def __call__(self, r: Tensor) -> Tensor:
-        """w `[D]` for a change r of the embedded outputs `[N * M]`."""
+        """The move w `[D]` for a change r of the embedded outputs `[N * M]`."""
         if not self.mu > 0:
             return torch.zeros(self.root.shape[1], dtype=self.root.dtype, device=self.root.device)
         if self.factor is not None:

@@ -67,8 +67,8 @@ class Corrector(ABC):
 class GaussNewton(Corrector):
     """Levenberg-Marquardt steps on the protected outputs, on full batches or on a random subset of rows.
 
-    Each step solves min |r + R w|^2 / N + mu |w|^2 over the free weights at the present Jacobian. It is kept only if the
-    true residual falls; mu then shrinks, otherwise it grows and the step is tried again. BatchNorm statistics are
+    Each step solves min |r + R w|^2 / N + mu |w|^2 over the free weights at the present Jacobian. It is kept only if
+    the true residual falls; mu then shrinks, otherwise it grows and the step is tried again. BatchNorm statistics are
     re-estimated first, and kept if that alone lowers the residual.
 
     Attributes:
@@ -131,11 +131,11 @@ class GaussNewton(Corrector):
 class FirstOrder(Corrector):
     """Adam on minibatches of the protected inputs (Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015).
 
-    The loss is mean |z - z_0|^2 / mean |z_0|^2 + tap_weight * mean over taps of mean (h - h_0)^2 / var h_0, where the taps h
-    are hidden outputs: they give many more constraints an input when inputs are few. Moments are kept from one correction
-    to the next; the learning rate is constant, and decays along a cosine in the last correction. Where the model has
-    BatchNorm, minibatches are normalised by themselves while weights move, and the running statistics are re-estimated
-    at the end: with fixed statistics only far smaller learning rates are stable.
+    The loss is mean |z - z_0|^2 / mean |z_0|^2 + tap_weight * mean over taps of mean (h - h_0)^2 / var h_0, where the
+    taps h are hidden outputs: they give many more constraints an input when inputs are few. Moments are kept from one
+    correction to the next; the learning rate is constant, and decays along a cosine in the last correction. Where the
+    model has BatchNorm, minibatches are normalised by themselves while weights move, and the running statistics are
+    re-estimated at the end.
 
     Attributes:
         steps: Minibatches in one correction.

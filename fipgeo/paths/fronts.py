@@ -20,7 +20,6 @@ from fipgeo.paths.record import PathResult
 from fipgeo.paths.walk import Callback, Method, walk
 from fipgeo.space import Where
 
-
 EXACT = StepControl(initial=0.2, smallest=0.05, largest=0.4, tolerance=0.03)
 """Step sizes where every correction is nearly complete, so that drift tells how far a step was."""
 
@@ -56,8 +55,8 @@ def sparsify(
 ) -> PathResult:
     """Walk to a sparse network that computes the same function; no labels are needed.
 
-    Weights are set to zero in the order in which the metric says that the outputs do not feel it, a share at a time; the
-    others move so that the outputs on `inputs` return to where they were; what was lost is measured on `held_out`.
+    Weights are set to zero, those first that the outputs feel least (`score` says how that is told), a share at a time;
+    the others move so that the outputs on `inputs` return to where they were; what was lost is measured on `held_out`.
 
     Args:
         model: Any module; not changed. Write a point of the result into it with `path.best(...).apply_(model)`.

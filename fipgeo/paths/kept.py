@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fipgeo.data import ListBatches, LoaderBatches, TensorBatches
 from fipgeo.jacobian import EmbeddedOutputs, Survey
-from fipgeo.model import OutputError
+from fipgeo.model import NotFiniteError
 from fipgeo.outputs import embed
 
 
@@ -65,11 +65,11 @@ class Kept:
         return Survey(tuple(z.numel() for z in self.reference), tuple(len(z) for z in self.reference))
 
     def at(self, position: Position) -> EmbeddedOutputs:
-        """z as a function of the weights, under the position's normalisation statistics."""
+        """The function z of the weights, under the position's normalisation statistics."""
         return replace(self.function, map=self.function.map.with_buffers(position.buffers))
 
     def residual(self, position: Position) -> Tensor:
-        """z(theta) - z(theta_0), flat `[N * M]` in the order of the root's rows."""
+        """The difference z(theta) - z(theta_0), flat `[N * M]` in the order of the root's rows."""
         found = self.at(position).outputs(position.theta)
         parts = [embed(self.function.geometry, f) - z0 for (_, f), z0 in zip(found, self.reference, strict=True)]
         return torch.cat([part.reshape(-1) for part in parts])
@@ -78,7 +78,7 @@ class Kept:
         """Mean over inputs of |z(theta) - z(theta_0)|^2; infinite where outputs are not finite."""
         try:
             return float(self.residual(position).double().square().sum()) / self.num_examples
-        except OutputError:
+        except NotFiniteError:
             return float("inf")
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Any, Tensor]:
@@ -90,7 +90,7 @@ class Kept:
         return self.batches.batches[which], self.reference[which]
 
     def subset(self, max_rows: int, generator: torch.Generator) -> Kept:
-        """The same on random inputs with at most `max_rows` embedded outputs in all (and at least one batch or input)."""
+        """The same on random inputs with at most `max_rows` embedded outputs, and at least one input or batch."""
         size = max(max_rows // max(z.shape[1] for z in self.reference), 1)
         if size >= self.num_examples:
             return self
@@ -107,7 +107,7 @@ class Kept:
         return Kept(replace(self.function, batches=batches), batches, tuple(reference), self.start)
 
     def renormalised(self, position: Position) -> Position:
-        """The position with BatchNorm statistics re-estimated on the protected inputs; itself if there is no BatchNorm."""
+        """The position with BatchNorm statistics re-estimated on the protected inputs; itself without BatchNorm."""
         function_map = self.at(position).map
         if not function_map.normalisers:
             return position

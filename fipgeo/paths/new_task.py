@@ -67,7 +67,13 @@ class NewTask(Objective):
         return {"seen": torch.tensor(0), "velocity": torch.zeros_like(theta), "free": free, "loss": loss}
 
     def propose(
-        self, kept: Kept, position: Position, state: State, size: float, predictor: Predictor, generator: torch.Generator
+        self,
+        kept: Kept,
+        position: Position,
+        state: State,
+        size: float,
+        predictor: Predictor,
+        generator: torch.Generator,
     ) -> Proposal:
         """`refresh` minibatch steps in the metric at the position."""
         del generator

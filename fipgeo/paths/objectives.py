@@ -62,7 +62,13 @@ class Objective(ABC):
 
     @abstractmethod
     def propose(
-        self, kept: Kept, position: Position, state: State, size: float, predictor: Predictor, generator: torch.Generator
+        self,
+        kept: Kept,
+        position: Position,
+        state: State,
+        size: float,
+        predictor: Predictor,
+        generator: torch.Generator,
     ) -> Proposal:
         """A step of the given size (what size means is the objective's own)."""
 
@@ -141,7 +147,13 @@ class Sparsity(Objective):
         return {"counted": counted, "held": counted & (position.theta == 0)}
 
     def propose(
-        self, kept: Kept, position: Position, state: State, size: float, predictor: Predictor, generator: torch.Generator
+        self,
+        kept: Kept,
+        position: Position,
+        state: State,
+        size: float,
+        predictor: Predictor,
+        generator: torch.Generator,
     ) -> Proposal:
         """Zero the share `size` of the weights that are left, and move the others to make up for it."""
         counted, held = state["counted"], state["held"]
@@ -177,7 +189,9 @@ class Sparsity(Objective):
         for where in kept.function.map.space.slices().values():
             own = torch.where(alive[where], square[where], 0)
             values, order = own.sort(stable=True)
-            out[where] = torch.zeros_like(own).scatter(0, order, values / values.flip(0).cumsum(0).flip(0).clamp_min(1e-30))
+            out[where] = torch.zeros_like(own).scatter(
+                0, order, values / values.flip(0).cumsum(0).flip(0).clamp_min(1e-30)
+            )
         return out
 
     def value(self, position: Position, state: State) -> float:
@@ -197,8 +211,8 @@ def metric_diagonal(
 ) -> Tensor:
     """An unbiased estimate of diag g `[D]`: mean of (R_b^T u)^2 / n over minibatches b and random signs u.
 
-    E (R_b^T u)_j^2 = sum over the minibatch's rows of R_rj^2, since the signs are independent (Bekas, Kokiopoulou & Saad,
-    An Estimator for the Diagonal of a Matrix, 2007, applied to R^T R).
+    E (R_b^T u)_j^2 = sum over the minibatch's rows of R_rj^2, since the signs are independent (Bekas, Kokiopoulou &
+    Saad, An Estimator for the Diagonal of a Matrix, 2007, applied to R^T R).
     """
     function = kept.at(position)
     weights = function.map.named(position.theta)
@@ -206,7 +220,7 @@ def metric_diagonal(
     with function.map.frozen():
         for _ in range(samples):
             batch, z0 = kept.draw(batch_size, generator)
-            z, pull = torch.func.vjp(function.on(batch), weights)
+            z, pull = torch.func.vjp(function.on(batch), weights)[:2]
             signs = torch.randint(2, z.shape, generator=generator).to(z) * 2 - 1
             total += function.map.space.ravel(pull(signs)[0]).square()
             seen += len(z0)

@@ -90,7 +90,7 @@ class PathResult(Sequence[PathPoint]):
         objective_name: What `objective` in the points is, with its unit.
         maximise: Whether a larger objective is the better one.
         budget: The largest drift that was allowed, if any.
-        outcome: Why the path ended: "reached", "budget", "stalled", "max_steps".
+        outcome: Why the path ended: "reached", "budget", "stalled" or "max_steps".
         message: The same in words, with what would take it further.
         state: What `resume=` continues from: tensors and plain values.
         settings: How the path was walked.
@@ -192,7 +192,7 @@ class PathResult(Sequence[PathPoint]):
         for entry in meta["points"]:
             head = f"points.{entry['step']}."
             own = {name[len(head) :]: t for name, t in tensors.items() if name.startswith(head)}
-            numbers = {k: float("nan") if v is None else v for k, v in entry.items()}
+            numbers: dict[str, Any] = {k: float("nan") if v is None else v for k, v in entry.items()}
             points.append(PathPoint(**numbers, tensors=own or None))
         state = dict(meta["state"]) | {k[6:]: t for k, t in tensors.items() if k.startswith("state.")}
         keys = ("objective_name", "maximise", "budget", "outcome", "message", "settings")
@@ -219,5 +219,3 @@ class PathResult(Sequence[PathPoint]):
 
 def _plain(value: float) -> float | None:
     return None if value != value else value
-
-

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fipgeo.jacobian import EmbeddedOutputs
-from fipgeo.model import OutputError
+from fipgeo.model import NotFiniteError
 from fipgeo.outputs import changed_predictions, embed, squared_distance
 
 
@@ -82,7 +82,7 @@ class Verdict:
             function: The same inputs under other normalisation statistics, if the path has moved them.
 
         Raises:
-            OutputError: Outputs at theta are not finite.
+            NotFiniteError: Outputs at theta are not finite.
         """
         function = self.function if function is None else function
         total, changed, predicts = 0.0, 0, True
@@ -93,7 +93,7 @@ class Verdict:
             predicts = predicts and moved is not None
             changed += 0 if moved is None else int(moved.sum())
         if not math.isfinite(total):
-            raise OutputError("outputs: the distance to the start is not finite")
+            raise NotFiniteError("outputs: the distance to the start is not finite")
         distance = math.sqrt(total / self.num_examples)
         share = changed / self.num_examples if predicts else math.nan
         upper = changed_upper_bound(changed, self.num_examples) if predicts else math.nan
@@ -101,7 +101,7 @@ class Verdict:
 
 
 def _spread(parts: list[Tensor]) -> float:
-    """Root mean square of |z_i - mean z|; 1 when all outputs are equal (or there is one), so that drift is a distance."""
+    """Root mean square of |z_i - mean z|; 1 when all outputs are equal, so that drift is then a distance."""
     widths = {part.shape[1] for part in parts}
     if len(widths) > 1:
         parts = [part.mean(1, keepdim=True) for part in parts]

@@ -15,7 +15,7 @@ from torch import Tensor
 from fipgeo.data import Batches, Generator
 from fipgeo.linalg import as_generator
 from fipgeo.metrics import MetricField
-from fipgeo.model import OutputError
+from fipgeo.model import NotFiniteError
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
 from fipgeo.paths.correct import Corrector
@@ -30,6 +30,7 @@ Callback = Callable[[Mapping[str, float]], Any]
 OUTCOMES = {
     "reached": "the objective was reached",
     "budget": "no step, however small, stayed within the budget; raise budget or protect with more inputs to go on",
+    "stalled": "every further step ended in outputs that are not finite; exclude the tensors that must not become zero",
     "max_steps": "max_steps were walked; pass resume= with a larger max_steps to go on",
 }
 
@@ -165,13 +166,16 @@ class _Walker:
                 if len(points) > self.method.max_steps:
                     outcome = "max_steps"
                     break
-                tried, measured = self.step(state)
+                try:
+                    tried, measured = self.step(state)
+                except NotFiniteError:  # outputs overflowed on the way: there is no verdict, so the step is refused
+                    tried, measured = state, Measured(math.inf, math.inf, math.nan, math.nan)
                 tried = replace(tried, seconds=time.perf_counter() - clock)
                 added = measured.drift - points[-1].drift
                 if not control.accepts(state.size, added=added, drift=measured.drift, budget=budget):
                     if state.size <= control.smallest:
                         self.check_first(points, state.size, measured)
-                        outcome = "budget"
+                        outcome = "budget" if math.isfinite(measured.drift) else "stalled"
                     state = replace(state, size=control.smaller(state.size), cost=tried.cost)
                     continue
                 points.append(self.point(tried, measured, points[-1], state.position))
@@ -203,10 +207,7 @@ class _Walker:
             corrector=corrected.state,
             cost=state.cost + proposal.cost + corrected.cost + self.verdict.num_examples,
         )
-        try:
-            return new, self.measure(new.position)
-        except OutputError:  # the step overflowed: no verdict, so it will be refused
-            return new, Measured(math.inf, math.inf, math.nan, math.nan)
+        return new, self.measure(new.position)
 
     def predictor(self, position: Position, free: Tensor) -> Compensation | None:
         """The tangent moves at a position, on as many protected inputs as the method allows."""
@@ -245,10 +246,10 @@ class _Walker:
 
     def check_first(self, points: list[PathPoint], size: float, measured: Measured) -> None:
         """A budget below the very first step is a mistake of the caller's, not a path."""
-        if len(points) == 1:
+        if len(points) == 1 and self.method.budget is not None and math.isfinite(measured.drift):
             raise ValueError(
-                f"budget: {self.method.budget} is below the first step, whose smallest size ({size:.3g}) already drifts by"
-                f" {measured.drift:.3g}; raise the budget above that, or protect with more inputs"
+                f"budget: {self.method.budget} is below the first step, whose smallest size ({size:.3g}) already drifts"
+                f" by {measured.drift:.3g}; raise the budget above that, or protect with more inputs"
             )
 
     def result(self, state: PathState, points: list[PathPoint], outcome: str) -> PathResult:

@@ -90,9 +90,7 @@ def _product(seed: int, m: int, n: int) -> Case:
 
 def _stack(seed: int, m: int, n: int) -> Case:
     a, b = draw(seed, m, n), draw(seed + 1, m, n)
-    return Stack([Dense(a), 2 * Identity(n, dtype=torch.float64), Dense(b)]), torch.cat(
-        [a, 2 * torch.eye(n), b]
-    )
+    return Stack([Dense(a), 2 * Identity(n, dtype=torch.float64), Dense(b)]), torch.cat([a, 2 * torch.eye(n), b])
 
 
 def _scipy(seed: int, m: int, n: int) -> Case:

@@ -20,9 +20,7 @@ def test_one_decomposition_serves_every_damping(seed: int, scale: float) -> None
         before = counting.vectors
         found = factor.solve(b, damping, rtol=1e-10)
         matrix = scale * torch.einsum("ij,ik->jk", a, a) + damping * torch.eye(40)
-        assert found.ok and torch.allclose(
-            found.value, torch.linalg.solve(matrix, b.T).T, rtol=1e-6, atol=1e-9
-        )
+        assert found.ok and torch.allclose(found.value, torch.linalg.solve(matrix, b.T).T, rtol=1e-6, atol=1e-9)
         assert found.num_products == counting.vectors - before <= 3 * 3 * (found.num_iters + 1)
 
 
@@ -95,9 +93,7 @@ def test_null_projection_in_float32_and_with_a_cut() -> None:
     factor, v = DualFactor(Dense(a)), draw(1, 500).float()
     assert float((a @ factor.null_project(v)).norm()) < 1e-5 * float((a @ v).norm())
     coarse = factor.null_project(v, rtol=1e-3)  # keeps the direction of singular value 0.01
-    assert float((a @ coarse).norm()) == pytest.approx(
-        0.01 * abs(float(torch.linalg.svd(a).Vh[2] @ v)), rel=1e-2
-    )
+    assert float((a @ coarse).norm()) == pytest.approx(0.01 * abs(float(torch.linalg.svd(a).Vh[2] @ v)), rel=1e-2)
 
 
 def test_small_damping_tends_to_the_null_projection() -> None:

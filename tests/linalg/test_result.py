@@ -88,9 +88,7 @@ def test_trace_is_within_its_error(seed: int) -> None:
 def test_trace_edge_cases() -> None:
     assert trace(Diagonal(torch.arange(5.0))) == Estimate(10.0, 0.0, 32)
     assert math.isnan(trace(Dense(torch.ones(2, 2)), num_samples=1).std_error)
-    assert trace(Dense(torch.ones(9, 9)), generator=1) == trace(
-        Dense(torch.ones(9, 9)), generator=as_generator(1)
-    )
+    assert trace(Dense(torch.ones(9, 9)), generator=1) == trace(Dense(torch.ones(9, 9)), generator=as_generator(1))
     assert trace(Dense(torch.ones(9, 9)), generator=1) != trace(Dense(torch.ones(9, 9)), generator=2)
     with pytest.raises(ValueError, match="square"):
         trace(Dense(torch.ones(2, 3)))

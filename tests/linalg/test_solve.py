@@ -57,9 +57,7 @@ def test_solves_agree_with_a_dense_solve(
     assert torch.allclose(found.value, expected, rtol=1e-7, atol=1e-7)
     true = (b - found.value @ matrix).norm(dim=-1) / b.norm(dim=-1)
     assert torch.allclose(found.residual, true, rtol=1e-3, atol=3e-12)
-    prepared = (
-        min(m, 9) if method == "dual" else 0
-    )  # the decomposition is counted by the factor, not the solve
+    prepared = min(m, 9) if method == "dual" else 0  # the decomposition is counted by the factor, not the solve
     assert found.num_products + prepared == counting.vectors
 
 
@@ -99,9 +97,7 @@ def test_zero_right_hand_side_and_zero_operator() -> None:
         assert found.ok and not found.value.any() and not found.residual.any()
     assert lsmr(Dense(torch.zeros(2, 3)), torch.ones(2)).ok
     assert torch.allclose(cg(Diagonal(torch.zeros(3)), torch.ones(3), damping=0.5).value, torch.tensor(2.0))
-    assert torch.allclose(
-        woodbury(Dense(torch.zeros(1, 3)), torch.ones(3), damping=0.5).value, torch.tensor(2.0)
-    )
+    assert torch.allclose(woodbury(Dense(torch.zeros(1, 3)), torch.ones(3), damping=0.5).value, torch.tensor(2.0))
 
 
 def test_cg_takes_as_many_steps_as_distinct_eigenvalues() -> None:

@@ -28,9 +28,7 @@ SPECTRA: dict[str, Tensor] = {
     "power law": torch.arange(1, 121).double() ** -1.0,
     "steep": torch.exp(-torch.arange(120).double() / 4),
     "outliers and bulk": torch.cat([torch.linspace(10, 2, 10), torch.linspace(0, 1, 110)]).double(),
-    "multiplicity 10": torch.cat(
-        [torch.linspace(6, 1, 10).repeat_interleave(10), torch.linspace(0, 0.9, 20)]
-    ).double(),
+    "multiplicity 10": torch.cat([torch.linspace(6, 1, 10).repeat_interleave(10), torch.linspace(0, 0.9, 20)]).double(),
     "two levels": torch.cat([torch.ones(5), torch.full((115,), 0.5)]).double(),
     "low rank": torch.cat([torch.linspace(3, 1, 6), torch.zeros(114)]).double(),
     "indefinite": torch.linspace(-3, 2, 120).double(),
@@ -45,9 +43,7 @@ def check(found: Spectrum, dense: Tensor, k: int, tol: float = 1e-6) -> None:
     scale = max(float(exact.abs().max()), 1e-300)
     assert found.ok and found.dim == len(dense) and found.vectors is not None and found.residuals is not None
     assert found.values.shape == found.residuals.shape == (k,) and found.vectors.shape == (k, len(dense))
-    assert (
-        found.values - exact[:k]
-    ).abs().max() < tol * scale  # a ghost or a missed copy would shift the list
+    assert (found.values - exact[:k]).abs().max() < tol * scale  # a ghost or a missed copy would shift the list
     assert torch.allclose(found.vectors @ found.vectors.T, torch.eye(k), atol=1e-9)
     true = (found.vectors @ dense - found.values[:, None] * found.vectors).norm(dim=1)
     assert torch.allclose(found.residuals, true, rtol=1e-2, atol=1e-13 * scale) and true.max() <= tol * scale
