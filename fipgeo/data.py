@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fipgeo.linalg import as_generator
+from fipgeo.trees import map_tensors, tensor_leaves
 
 Generator = torch.Generator | int | None
 """Where randomness comes from; None is the fixed seed 0, so that results repeat and no global state is consumed."""
@@ -284,32 +285,6 @@ def as_batches(inputs: Any, batch_size: int | None = None, argument: str = "inpu
             f" over the data again, so pass list({argument}) or a DataLoader"
         )
     return LoaderBatches(inputs, argument)
-
-
-def tensor_leaves(tree: Any) -> list[Tensor]:
-    """The tensors in nested mappings and tuples, in order."""
-    parts = list(tree.values()) if isinstance(tree, Mapping) else list(tree) if isinstance(tree, tuple) else [tree]
-    return [t for part in parts for t in (tensor_leaves(part) if isinstance(part, Mapping | tuple) else [part])]
-
-
-def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The same nesting of mappings and tuples with every tensor replaced by function(tensor)."""
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(value, function) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(map_tensors(value, function) for value in tree)
-    return function(tree)
-
-
-def same_batch(a: Any, b: Any) -> bool:
-    """Whether two batches hold the same tensors; what is no tensor is not looked at."""
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(same_batch(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(same_batch, a, b))
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-    return type(a) is type(b)
 
 
 def _concatenated(batches: list[Any]) -> TensorBatches | None:

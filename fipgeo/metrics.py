@@ -87,7 +87,7 @@ class Metric:
         """|v|_g: root mean square, over inputs, of the change of the embedded outputs; `[..., D]` to `[...]`."""
         return self.root(v).norm(dim=-1) / self.num_examples**0.5
 
-    def solve(self, rhs: Tensor, damping: float, *, method: str = "auto", rtol: float = 1e-6) -> Solution:
+    def solve(self, rhs: Tensor, damping: float, *, method: str = "auto", rtol: float | None = None) -> Solution:
         """(g + damping I) x = rhs.
 
         Args:
@@ -95,7 +95,7 @@ class Metric:
             damping: Positive, in the units of g's eigenvalues.
             method: "dual" (factor the N M x N M Gram, then any damping and right-hand side is cheap), "dense" (factor
                 g), "cg", or "auto": the smaller factorisation if one is at most 4096 wide, else conjugate gradients.
-            rtol: For "cg", the relative residual asked for.
+            rtol: For "cg", the relative residual asked for; None for 1e-6, or what single precision allows.
 
         Returns:
             A record with the solution, a verdict and the true relative residual.
@@ -143,7 +143,7 @@ class Metric:
         *,
         method: str = "auto",
         held_out: Any = None,
-        rtol: float = 1e-6,
+        rtol: float | None = None,
         generator: Generator = None,
     ) -> Spectrum:
         """Eigenvalues of g, largest first, with eigenvectors and the residual of every pair.
@@ -154,7 +154,7 @@ class Metric:
             held_out: Other inputs, or a `Metric` at the same point: the record then also holds how strongly *their*
                 outputs feel the same directions, and the share of their trace that the directions capture. The null
                 space of a small buffer is not the null space of the data; this says by how much.
-            rtol: For "lanczos", the residual asked for, relative to the largest eigenvalue.
+            rtol: For "lanczos", the residual asked for, relative to the largest eigenvalue; None as for `solve`.
             generator: Start vector of "lanczos".
 
         Returns:
@@ -165,8 +165,7 @@ class Metric:
         """
         if k is not None and not 1 <= k <= self.rank_bound:
             raise ValueError(
-                f"k: got {k}, expected between 1 and {self.rank_bound}: {self.root.shape[0]} embedded outputs and"
-                f" {self.dim} dimensions leave no more non-zero eigenvalues"
+                f"k: got {k}, expected between 1 and {self.rank_bound}, the most that the rank of this metric can be"
             )
         if method not in ("auto", "dual", "dense", "lanczos"):
             raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'lanczos'")
@@ -183,7 +182,7 @@ class Metric:
             found = lanczos(self.operator, k, rtol=rtol, generator=as_generator(generator))
         else:
             raise ValueError(
-                f"k: all of up to {self.rank_bound} eigenvalues would need a {self.rank_bound}-wide factorisation;"
+                f"k: all of up to {self.rank_bound} eigenvalues would need a {min(self.root.shape)}-wide factorisation;"
                 " pass k, or method='dual' if there is memory for it"
             )
         found = replace(found, rank_bound=self.rank_bound)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fipgeo.data import preserved_rng
 from fipgeo.space import WeightSpace, Where
+from fipgeo.trees import copied, floats
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 OutputFn = Callable[[Any], Any]
@@ -124,7 +125,7 @@ class OutputMap:
     def call(self, weights: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, ...]:
         """Outputs as a pure, differentiable function of named weights; call it inside `frozen()`."""
         buffers = {n: self.buffers.get(n, b).clone() for n, b in self.module.named_buffers()}
-        return _leaves(torch.func.functional_call(self._caller, self._swap(weights, buffers), (_copied(batch),)))
+        return _leaves(torch.func.functional_call(self._caller, self._swap(weights, buffers), (copied(batch),)))
 
     def tapped(
         self, weights: Mapping[str, Tensor], batch: Any, taps: list[str]
@@ -135,7 +136,7 @@ class OutputMap:
 
         def note(module: nn.Module, args: Any, out: Any, *, name: str) -> None:
             del module, args
-            hidden = next(_floats(out), None)
+            hidden = next(floats(out), None)
             if hidden is not None:
                 found[name] = hidden
 
@@ -289,20 +290,6 @@ def _plain_kernels(recurrent: bool) -> Iterator[None]:
             library.enabled = state
 
 
-def _copied(batch: Any) -> Any:
-    """The batch with its tensors copied, so that a forward that works in place leaves the caller's data alone."""
-    if isinstance(batch, Tensor):
-        return batch.clone()
-    if isinstance(batch, MutableMapping):
-        out = copy.copy(batch)
-        for key, value in batch.items():
-            out[key] = _copied(value)
-        return out
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(_copied, batch))
-    return type(batch)(map(_copied, batch)) if isinstance(batch, list | tuple) else batch
-
-
 def _leaves(raw: Any) -> tuple[Tensor, ...]:
     """The output tensors inside whatever a model returned, `[n, ..., C]`, at least float32; `[n]` becomes `[n, 1]`."""
     if isinstance(raw, Tensor):
@@ -365,15 +352,6 @@ def _check_normalisation(module: nn.Module) -> None:
                 f"model: {name or type(m).__name__} is a BatchNorm that keeps no running statistics, so an output"
                 " depends on the other examples of its batch even in eval mode; use track_running_stats=True and train"
             )
-
-
-def _floats(tree: Any) -> Iterator[Tensor]:
-    """The floating tensors anywhere in nested mappings, lists and tuples."""
-    if isinstance(tree, Tensor):
-        yield from (t for t in (tree,) if t.is_floating_point())
-    elif isinstance(tree, Mapping | list | tuple):
-        for value in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from _floats(value)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

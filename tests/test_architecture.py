@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A unit (a module or a folder directly in fipgeo) imports from itself and from levels above its own line.
 LEVELS = [
-    {"linalg", "io"},
+    {"linalg", "io", "trees"},
     {"space", "outputs", "data"},
     {"basis", "model"},
     {"jacobian"},

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from fipgeo import as_batches
-from fipgeo.data import Batches, ListBatches, LoaderBatches, TensorBatches, preserved_rng, same_batch
+from fipgeo.data import Batches, ListBatches, LoaderBatches, TensorBatches, preserved_rng
+from fipgeo.trees import same_batch
 
 from .hygiene import unchanged
 

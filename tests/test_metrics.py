@@ -326,15 +326,15 @@ def test_norm_is_the_distance_to_first_order() -> None:
 
 
 BAD_ARGUMENTS: list[tuple[Any, str]] = [
-    (lambda g, v: g.solve(v, 0.0), "damping: got 0.0, expected a positive number: g has rank at most 15 in 31"),
+    (lambda g, v: g.solve(v, 0.0), "damping: got 0.0, expected a positive number: g has rank at most 10 in 31"),
     (lambda g, v: g.solve(v, -1.0), "damping: got -1.0, expected a positive number"),
     (lambda g, v: g.solve(v, math.nan), "damping: got nan, expected a positive number"),
     (lambda g, v: g.riemannian_gradient(v, 0), "damping: got 0, expected a positive number"),
     (lambda g, v: g.solve(v, 1.0, method="qr"), "method: got 'qr', expected 'auto', 'dual', 'dense' or 'cg'"),
     (lambda g, v: g.spectrum(3, method="svd"), "method: got 'svd', expected 'auto', 'dual', 'dense' or 'lanczos'"),
-    (lambda g, v: g.spectrum(0), "k: got 0, expected between 1 and 15: 15 embedded outputs and 31 dimensions leave"),
-    (lambda g, v: g.spectrum(16), "k: got 16, expected between 1 and 15"),
-    (lambda g, v: g.spectrum(method="lanczos"), "k: all of up to 15 eigenvalues would need .* pass k"),
+    (lambda g, v: g.spectrum(0), "k: got 0, expected between 1 and 10, the most"),
+    (lambda g, v: g.spectrum(11), "k: got 11, expected between 1 and 10"),
+    (lambda g, v: g.spectrum(method="lanczos"), "k: all of up to 10 eigenvalues would need .* pass k"),
     (lambda g, v: g.matvec(v[:3]), r"got shape \(3,\), expected \[..., 31\]"),
     (lambda g, v: g.solve(v[:3], 1.0), "31"),
 ]
@@ -404,10 +404,18 @@ def test_single_logits() -> None:
         assert oracles.relative(metric(net, x, geometry="bernoulli").operator.to_dense(), expected) < 1e-10
 
 
+@pytest.mark.parametrize(("geometry", "lost"), [("logits", 1), ("categorical", 1), ("euclidean", 0), ("cosine", 1)])
+def test_rank_bound_is_sharp(geometry: str, lost: int) -> None:
+    """On a sphere and for centred logits one dimension an input cannot change: N (C - 1), reached by a wide network."""
+    module, x = build("mlp")
+    g = metric(module, x, geometry=geometry)
+    assert g.rank_bound == 5 * (3 - lost) == torch.linalg.matrix_rank(g.root.to_dense())
+
+
 def test_explain_and_repr() -> None:
     module, x = build("mlp")
     g = metric(module, x)
-    assert repr(g) == "Metric(D=31, N=5, rank <= 15)"
+    assert repr(g) == "Metric(D=31, N=5, rank <= 10)"
     assert g.explain().startswith("root: 15 rows (5 examples) x 31 weights in torch.float64;")
     assert Metric(Dense(torch.eye(4)), 2).explain() == "Metric(D=4, N=2, rank <= 4)"
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fipgeo.data import Batches, same_batch
+from fipgeo.data import Batches
 from fipgeo.model import NotFiniteError, OutputError, OutputMap
 from fipgeo.outputs import Geometry, embed
+from fipgeo.trees import same_batch
 
 Weights = Mapping[str, Tensor]
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.func import jacrev
 
-from fipgeo.data import ListBatches, TensorBatches, map_tensors
+from fipgeo.data import ListBatches, TensorBatches
 from fipgeo.jacobian.autodiff import pull_back, vectorised
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
 from fipgeo.linalg import Dense
 from fipgeo.outputs import embed
+from fipgeo.trees import map_tensors
 
 log = logging.getLogger(__name__)
 

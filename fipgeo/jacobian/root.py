@@ -66,6 +66,8 @@ class JacobianRoot(LinearOperator):
             )
         self.rows: Dense | None = None
         self._gram: Tensor | None = None
+        if survey is None:  # nobody has looked at the model's derivative rules either
+            _ = self.autodiff
         if engine == "materialised":
             self.prepare()
 

@@ -1,0 +1,58 @@
+"""Nested batches and outputs: mappings, tuples and lists with tensors inside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+
+def tensor_leaves(tree: Any) -> list[Tensor]:
+    """The tensors in nested mappings and tuples, in order."""
+    parts = list(tree.values()) if isinstance(tree, Mapping) else list(tree) if isinstance(tree, tuple) else [tree]
+    return [t for part in parts for t in (tensor_leaves(part) if isinstance(part, Mapping | tuple) else [part])]
+
+
+def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same nesting of mappings and tuples with every tensor replaced by function(tensor)."""
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(value, function) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(map_tensors(value, function) for value in tree)
+    return function(tree)
+
+
+def same_batch(a: Any, b: Any) -> bool:
+    """Whether two batches hold the same tensors; what is no tensor is not looked at."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same_batch(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same_batch, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    return type(a) is type(b)
+
+
+def copied(batch: Any) -> Any:
+    """The batch with its tensors copied, so that a forward that works in place leaves the caller's data alone."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if isinstance(batch, MutableMapping):
+        out = copy.copy(batch)
+        for key, value in batch.items():
+            out[key] = copied(value)
+        return out
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(copied, batch))
+    return type(batch)(map(copied, batch)) if isinstance(batch, list | tuple) else batch
+
+
+def floats(tree: Any) -> Iterator[Tensor]:
+    """The floating tensors anywhere in nested mappings, lists and tuples."""
+    if isinstance(tree, Tensor):
+        yield from (t for t in (tree,) if t.is_floating_point())
+    elif isinstance(tree, Mapping | list | tuple):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from floats(value)
