@@ -74,10 +74,11 @@ def run(name: str, levels: list[float], count: int, seed: int, options: dict[str
             note(case, "magnitude, statistics re-estimated", magnitude(model, level, inputs))
         wall, cpu = time.perf_counter(), time.process_time()
         path = fipgeo.sparsify(model, inputs, level, held_out=0.1, generator=seed, store="last", **options)
+        method = ", ".join(["fipgeo", *(f"{key}={value}" for key, value in options.items())])
         spent = {"seconds": round(time.perf_counter() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
         end, sparse = path[-1], path[-1].apply_(copy.deepcopy(model))
         verdict = {"steps": end.step, "drift": round(end.drift, 4), "changed": end.changed, "upper": end.changed_upper}
-        note(case, "fipgeo", sparse, **spent, **verdict, outcome=path.outcome)
+        note(case, method, sparse, **spent, **verdict, outcome=path.outcome)
         write("sparsify", records)
     return records
 
@@ -88,8 +89,11 @@ def main() -> None:
     parser.add_argument("--levels", type=float, nargs="+", default=[0.7, 0.8, 0.9])
     parser.add_argument("--inputs", type=int, default=1000, help="unlabelled training inputs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--score", help="what decides which weights become zero, instead of sparsify's own choice")
+    parser.add_argument("--corrector", help="what brings the outputs back, instead of sparsify's own choice")
     args = parser.parse_args()
-    write("sparsify", run(args.model, args.levels, args.inputs, args.seed, {}))
+    options = {key: getattr(args, key) for key in ("score", "corrector") if getattr(args, key) is not None}
+    write("sparsify", run(args.model, args.levels, args.inputs, args.seed, options))
 
 
 if __name__ == "__main__":

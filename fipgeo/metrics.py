@@ -2,8 +2,8 @@ r"""The metric of weight space: how much the outputs change when the weights mov
 
     z = phi(F(theta)) [N, M]      R = dz/dtheta [N * M, D]      g = R^T R / N [D, D]
 
-<u, v>_g is the mean over the N inputs of the inner product of the output changes along u and v. `MetricField` is g as a
-function of the weights; `Metric` is its value at one point, and is closed under pullback to a basis.
+`<u, v>_g` is the mean over the N inputs of the inner product of the output changes along u and v. `MetricField` is g as
+a function of the weights; `Metric` is its value at one point, and is closed under pullback to a basis.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Metric:
         return self.operator(v)
 
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
-        """<u, v>_g = (R u) . (R v) / N, a mean over inputs; `[D]`, `[D]` to a scalar."""
+        """`<u, v>_g = (R u) . (R v) / N`, a mean over inputs; `[D]`, `[D]` to a scalar."""
         ru, rv = self.root(torch.stack([u, v])).double()
         return (ru @ rv / self.num_examples).to(u.dtype)
 

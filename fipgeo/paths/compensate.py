@@ -4,7 +4,7 @@ r"""Least squares in the tangent space: which move of the free weights best undo
       = -R_F^T (R_F R_F^T + N mu)^{-1} r  =  -(g_FF + mu)^{-1} R_F^T r / N
 
 One object serves two steps of a path. Predictor: with r = R d it turns a wished displacement d into
-d + w = argmin <v, g v> + mu |v - d|^2, which for F = everything is mu (g + mu)^{-1} d: free directions pass, costly
+`d + w = argmin <v, g v> + mu |v - d|^2`, which for F = everything is mu (g + mu)^{-1} d: free directions pass, costly
 ones are damped. Corrector: with r = z(theta) - z(theta_0) it is the Gauss-Newton (Levenberg-Marquardt) step.
 """
 
@@ -92,5 +92,5 @@ class Compensation:
         return -cg(g, rhs, damping=self.mu, rtol=1e-3, max_iters=self.max_iters).value
 
     def passed(self, d: Tensor) -> Tensor:
-        """The predictor step for a wished displacement d `[D]`: argmin <v, g v> + mu |v - d|^2 with v = d off F."""
+        """The predictor step for a wished displacement d `[D]`: `argmin <v, g v> + mu |v - d|^2`, v = d off F."""
         return d + self(self.root(d))

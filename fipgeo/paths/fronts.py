@@ -14,10 +14,10 @@ from fipgeo.model import ForwardFn, OutputFn
 from fipgeo.outputs import Geometry
 from fipgeo.paths.control import StepControl
 from fipgeo.paths.correct import Corrector, FirstOrder, GaussNewton
+from fipgeo.paths.driver import Callback, Method, walk
 from fipgeo.paths.new_task import LossFn, NewTask, count_batches
 from fipgeo.paths.objectives import Sparsity
 from fipgeo.paths.record import PathResult
-from fipgeo.paths.walk import Callback, Method, walk
 from fipgeo.space import Where
 
 EXACT = StepControl(initial=0.2, smallest=0.05, largest=0.4, tolerance=0.03)

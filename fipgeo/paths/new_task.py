@@ -21,9 +21,9 @@ LossFn = Callable[[Any, Any], Tensor]
 class NewTask(Objective):
     """The loss on new data, descended in the damped metric.
 
-    Every minibatch gradient d = -grad L becomes argmin <v, g v> + mu |v - d|^2 = mu (g + mu)^{-1} d, so that directions
-    which the protected outputs feel are damped and free ones pass; momentum accumulates the result and is passed
-    through the next metric when that is made. A step holds `refresh` minibatches and its size multiplies the learning
+    Every minibatch gradient d = -grad L becomes `argmin <v, g v> + mu |v - d|^2 = mu (g + mu)^{-1} d`: directions which
+    the protected outputs feel are damped and free ones pass; momentum accumulates the result and is passed through the
+    next metric when that is made. A step holds `refresh` minibatches and its size multiplies the learning
     rate, which otherwise decays along a cosine over the whole path. The model is in eval mode throughout.
 
     Attributes:

@@ -36,7 +36,7 @@ from .toys import (
 )
 
 SEEDS = st.integers(0, 10**6)
-WALK = importlib.import_module("fipgeo.paths.walk")  # the name `walk` in the package is the function
+WALK = importlib.import_module("fipgeo.paths.driver")  # the name `walk` in the package is the function
 
 
 def adapted(model: nn.Module, seed: int = 5, **options: Any) -> PathResult:
