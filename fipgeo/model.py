@@ -133,6 +133,10 @@ class OutputMap:
         """Outputs as `call` gives them, and the first tensor that each named module put out; inside `frozen()`."""
         found: dict[str, Tensor] = {}
         modules = dict(self.module.named_modules())
+        unknown = [name for name in taps if name not in modules]
+        if unknown:
+            known = ", ".join(name for name in modules if name)
+            raise ValueError(f"taps: the model has no module {unknown[0]!r}; its modules are {known}")
 
         def note(module: nn.Module, args: Any, out: Any, *, name: str) -> None:
             del module, args

@@ -145,6 +145,9 @@ class FirstOrder(Corrector):
         taps: Names of modules whose outputs are protected too; "blocks" for the smallest modules that hold at least two
             weight matrices (residual blocks, attention, MLPs), or None.
         tap_weight: Weight of the taps beside the outputs.
+
+    Raises:
+        ValueError: When correcting, if a tap names no module of the model.
     """
 
     steps: int = 30
@@ -198,7 +201,8 @@ class FirstOrder(Corrector):
             theta = position.theta.detach().requires_grad_()
             outputs, hidden = model.tapped(model.named(theta), batch, taps)
             loss = (embed(function.geometry, outputs) - z0).square().sum() / len(z0) / kept.scale
-            parts = [(h - h0).square().mean() / h0.var() for h, h0 in zip(hidden, hidden0, strict=True)]
+            pairs = [(h, h0) for h, h0 in zip(hidden, hidden0, strict=True) if float(h0.std(correction=0)) > 0]
+            parts = [(h - h0).square().mean() / h0.var(correction=0) for h, h0 in pairs]
             if parts:
                 loss = loss + self.tap_weight * sum(parts) / len(parts)
             return torch.autograd.grad(loss, theta)[0]

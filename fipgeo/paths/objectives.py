@@ -91,7 +91,8 @@ def weight_mask(space: WeightSpace, exclude: str | list[str] | None = None) -> T
     Biases and the scales and shifts of normalisation layers have one axis, so they are left out.
     """
     names = {name for name, shape in space.shapes.items() if len(shape) >= 2}
-    mask = space.mask(lambda name, _: name in names) if names else torch.zeros(space.dim, dtype=torch.bool)
+    nothing = torch.zeros(space.dim, dtype=torch.bool, device=space.device)
+    mask = space.mask(lambda name, _: name in names) if names else nothing
     return mask & ~space.mask(exclude, argument="exclude") if exclude else mask
 
 

@@ -185,3 +185,60 @@ def test_lists_of_unlike_batches_are_corrected_too(kind: str) -> None:
     free = torch.ones_like(theta, dtype=torch.bool)
     small = replace(KINDS[kind], max_rows=24) if kind == "gauss-newton" else KINDS[kind]
     assert kept.loss(correct(small, kept, position, free).position) < kept.loss(position)
+
+
+class Residual(nn.Module):
+    """Two blocks of two matrices each around a skip connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 5, bias=False)) for _ in range(2)
+        )
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def hidden_loss(kept: Kept, position: Position) -> float:
+    """Relative change of the blocks' outputs over all protected inputs."""
+    model, batch = kept.function.map, kept.batches.first()
+    with model.frozen():
+        before = model.tapped(model.named(kept.start), batch, model.blocks())[1]
+        after = model.tapped(model.named(position.theta), batch, model.blocks())[1]
+    return sum(float((a - b).square().mean() / b.var()) for a, b in zip(after, before, strict=True))
+
+
+def test_taps_bring_hidden_outputs_back() -> None:
+    kept = kept_of(filled(Residual(), 0), inputs(1, 40))
+    assert kept.function.map.blocks() == ["blocks.0", "blocks.1"]
+    theta = kept.function.map.point()
+    away = Position(theta + 0.2 * draw(3, len(theta)))
+    free = torch.ones(len(theta), dtype=torch.bool)
+    found = {
+        taps: correct(FirstOrder(steps=150, batch_size=40, lr=0.01, taps=taps), kept, away, free).position
+        for taps in ("blocks", None)
+    }
+    assert hidden_loss(kept, found["blocks"]) < 0.2 * hidden_loss(kept, found[None])
+    assert kept.loss(found["blocks"]) < 0.05 * kept.loss(away)
+
+
+def test_a_tap_that_is_no_module_is_named() -> None:
+    kept, position, free = perturbed(0, 0.1)
+    with pytest.raises(ValueError, match="taps: the model has no module 'layer9'; its modules are 0, 1, 2"):
+        correct(FirstOrder(steps=1, taps=("layer9",)), kept, position, free)
+
+
+def test_a_constant_tap_is_left_out() -> None:
+    model = filled(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), 0)
+    with torch.no_grad():
+        for p in model[0].parameters():
+            p.zero_()
+    kept = kept_of(model, inputs(1, 20))
+    theta = kept.function.map.point()
+    free = torch.ones(len(theta), dtype=torch.bool)
+    found = correct(FirstOrder(steps=3, taps=("0",)), kept, Position(theta + 0.1), free)
+    assert torch.isfinite(found.position.theta).all()
