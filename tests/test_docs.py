@@ -1,6 +1,7 @@
 """The documentation is true: its examples run, every public name has a page, and its links lead somewhere."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -147,3 +148,16 @@ def test_the_two_commands_stand_once_and_pin_the_same_torch() -> None:
     assert tests.endswith(".venv/bin/python -m pytest -q")
     pins = [re.findall(r"torch==([\d.]+) -e '\.\[", line) for line in lines]
     assert pins[0] == pins[1] and len(pins[0]) == 1
+
+
+def test_the_readme_table_is_what_the_benchmark_measured() -> None:
+    """Every row: a network, a share of zeros, and the accuracies of the methods that the header names."""
+    records = json.loads((ROOT / "benchmarks/results/sparsify.json").read_text())["records"]
+    measured = {(r["case"], r["method"]): r["value"] for r in records}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.read_text().split("\n") if "|" in line]
+    methods = rows[0][2:]
+    assert len(rows) > 4
+    for name, zeros, *cells in rows[2:]:
+        for method, cell in zip(methods, cells, strict=True):
+            case = f"{name.strip('`')} {zeros.replace(' ', '')}"
+            assert cell == (f"{measured[case, method]:.1f}" if (case, method) in measured else "")

@@ -103,10 +103,10 @@ def walk(
             objective; or bad inputs (see `OutputMap.check`).
     """
     with torch.inference_mode(False):
-        return _walk(field, objective, method, held_out, generator, resume).run(progress, callback)
+        return _prepared(field, objective, method, held_out, generator, resume).run(progress, callback)
 
 
-def _walk(
+def _prepared(
     field: MetricField,
     objective: Objective,
     method: Method,
