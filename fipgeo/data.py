@@ -30,14 +30,14 @@ State = tuple[Any, ...]
 
 def _read_streams() -> State:
     """The state of the global random streams (torch on CPU and CUDA, numpy, Python)."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
 
 
 def _write_streams(state: State) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
-        torch.cuda.set_rng_state_all(state[1])
+        torch.cuda.set_rng_state(state[1])
     np.random.set_state(state[2])
     random.setstate(state[3])
 
@@ -158,6 +158,10 @@ class ListBatches(Batches):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
+
+    def hold(self) -> Batches:
+        """The batches joined into one tensor (or mapping or tuple of tensors) where their shapes allow it."""
+        return _concatenated(self.batches) or self
 
     def shuffled(self, seed: int) -> Iterator[Any]:
         """One pass over the batches in a random order."""

@@ -202,7 +202,11 @@ class Metric:
         Raises:
             ValueError: The metric is too large for a whole spectrum; ask `spectrum(k).rank(tol)` instead.
         """
-        return self.spectrum(None).rank(tol)
+        if self.root.shape[0] > min(self.dim, SMALL):
+            return self.spectrum(None).rank(tol)
+        self._prepare()
+        found = dual_eigh(self.root, scale=1 / self.num_examples, gram=self._dual_gram(), vectors=False)
+        return found.rank(tol)
 
     def pullback(self, basis: LinearOperator) -> Metric:
         """B^T g B, the metric on the coefficients of a basis B `[D, r]`.

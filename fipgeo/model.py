@@ -26,10 +26,19 @@ OutputFn = Callable[[Any], Any]
 
 
 def default_forward(module: nn.Module, batch: Any) -> Any:
-    """Call the module on a batch: a mapping as keywords, the first entry of a list or tuple, anything else as it is."""
+    """Call the module on a batch: a mapping as keywords, x of `(x, y)` or `(x,)`, anything else as it is.
+
+    Raises:
+        ValueError: A list or tuple of more than two entries, of which it is not clear what the model takes.
+    """
     if isinstance(batch, Mapping):
         return module(**batch)
     if isinstance(batch, list | tuple):
+        if len(batch) > 2:
+            raise ValueError(
+                f"inputs: a batch has {len(batch)} entries, expected x or (x, y); say what the model takes, with"
+                " forward_fn=lambda model, batch: model(batch[0], batch[1])"
+            )
         return default_forward(module, batch[0])
     return module(batch)
 

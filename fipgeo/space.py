@@ -223,8 +223,7 @@ class WeightSpace:
 
     def mask(self, where: Where, *, argument: str = "params") -> Tensor:
         """Boolean `[D]`: True on the coordinates of the tensors that `where` chooses."""
-        candidates = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
-        chosen = set(select(candidates, where, argument=argument))
+        chosen = set(self._select(where, argument))
         out = torch.zeros(self.dim, dtype=torch.bool, device=self.device)
         for name, where_ in self.slices().items():
             if name in chosen:
@@ -233,9 +232,16 @@ class WeightSpace:
 
     def subset(self, where: Where) -> WeightSpace:
         """The space of some of this one's tensors, in the same order."""
-        chosen = select({name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}, where)
+        chosen = self._select(where, "params")
         aliases = {alias: name for alias, name in self.aliases.items() if name in chosen}
         return WeightSpace({n: self.shapes[n] for n in chosen}, self.dtype, self.device, aliases)
+
+    def _select(self, where: Where, argument: str) -> list[str]:
+        """Names of the chosen tensors in order; a tied tensor is chosen by any of its names."""
+        shapes = dict(self.shapes) | {alias: self.shapes[name] for alias, name in self.aliases.items()}
+        found = select({n: torch.empty(shape, device="meta") for n, shape in shapes.items()}, where, argument=argument)
+        owners = {self.aliases.get(name, name) for name in found}
+        return [name for name in self.shapes if name in owners]
 
     def __repr__(self) -> str:
         return f"WeightSpace(D={self.dim:,} in {len(self.shapes)} tensors, {self.dtype}, {self.device})"

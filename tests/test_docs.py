@@ -154,7 +154,9 @@ def test_the_readme_table_is_what_the_benchmark_measured() -> None:
     """Every row: a network, a share of zeros, and the accuracies of the methods that the header names."""
     records = json.loads((ROOT / "benchmarks/results/sparsify.json").read_text())["records"]
     measured = {(r["case"], r["method"]): r["value"] for r in records}
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.read_text().split("\n") if "|" in line]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in README.read_text().split("\n") if "|" in line
+    ]
     methods = rows[0][2:]
     assert len(rows) > 4
     for name, zeros, *cells in rows[2:]:

@@ -13,6 +13,7 @@ from torch.func import jvp, vjp, vmap
 
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
 from fipgeo.linalg import LinearOperator
+from fipgeo.model import NotFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,14 @@ class AutodiffRoot(LinearOperator):
         item = (lambda i: {n: t[i] for n, t in stack.items()}) if isinstance(stack, dict) else (lambda i: stack[i])
         return torch.stack([product(item(i)) for i in range(count)])
 
+    def _check_finite(self, gradient: Weights) -> None:
+        bad = [name for name, t in gradient.items() if not bool(torch.isfinite(t).all())]
+        if bad:
+            raise NotFiniteError(
+                f"model: its outputs are finite, their derivative is not (first in {bad[0]}); look for a square root,"
+                " a norm or a division at zero in the forward"
+            )
+
     def _preflight(self) -> tuple[Push, bool]:
         """The first way to push tangents forward that works on the first batch, and whether it can be vectorised."""
         function = self.function
@@ -129,6 +138,7 @@ class AutodiffRoot(LinearOperator):
                 except (RuntimeError, NotImplementedError, ValueError) as error:
                     log.info("products are taken one vector at a time, since the model cannot be vectorised: %s", error)
                     return push, False
+                self._check_finite(pull(torch.ones_like(z))[0])
                 return push, True
             name = _last_module(function, lambda: push_forward(f, self.weights, one))
         raise NotImplementedError(

@@ -10,11 +10,14 @@ ones are damped. Corrector: with r = z(theta) - z(theta_0) it is the Gauss-Newto
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fipgeo.jacobian import JacobianRoot
 from fipgeo.linalg import Dense, Diagonal, Gram, LinearOperator, cg, trace
+from fipgeo.model import NotFiniteError
 from fipgeo.paths.kept import Kept, Position
 
 MAX_ROWS = 2048
@@ -60,6 +63,10 @@ class Compensation:
                 self.gram = (self.masked.matrix @ self.masked.matrix.T).double()
         else:
             total = float(trace(Gram(self.masked), num_samples=4).value)
+        if not math.isfinite(total):
+            raise NotFiniteError(
+                "model: the derivative of its outputs is NaN or infinite, so there is no metric to step in"
+            )
         self.scale = total / self.num_examples / max(min(self.root.shape[0], int(free.sum())), 1)
         self.damped(damping)
 
@@ -75,7 +82,9 @@ class Compensation:
         self.factor: Tensor | None = None
         if self.gram is not None and self.mu > 0:
             shift, failed = self.num_examples * self.mu, True
-            while failed:  # single-precision rows can leave the Gram matrix a rounding error short of definite
+            while failed and math.isfinite(
+                shift
+            ):  # single-precision rows can leave the Gram matrix a rounding error short of definite
                 factor, info = torch.linalg.cholesky_ex(self.gram + shift * torch.eye(len(self.gram)).to(self.gram))
                 self.factor, failed, shift = factor, bool(info), 10 * shift
         return self

@@ -16,6 +16,7 @@ from fipgeo.data import Batches, Generator
 from fipgeo.linalg import as_generator
 from fipgeo.metrics import MetricField
 from fipgeo.model import NotFiniteError
+from fipgeo.outputs import Geometry
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
 from fipgeo.paths.correct import Corrector
@@ -30,7 +31,8 @@ Callback = Callable[[Mapping[str, float]], Any]
 OUTCOMES = {
     "reached": "the objective was reached",
     "budget": "no step, however small, stayed within the budget; raise budget or protect with more inputs to go on",
-    "stalled": "every further step ended in outputs that are not finite; exclude the tensors that must not become zero",
+    "stalled": "every further step ended in outputs or derivatives that are not finite; take smaller steps, or exclude"
+    " tensors that must not become zero",
     "max_steps": "max_steps were walked; pass resume= with a larger max_steps to go on",
 }
 
@@ -132,13 +134,14 @@ def _prepared(
     function = replace(field.function, map=field.map.with_buffers(start.buffers))
     kept = Kept.of(replace(function, batches=inside), start.theta)
     verdict = Verdict(replace(function, batches=outside), start.theta)
-    walker = _Walker(objective, method, kept, verdict, objective.counted(field.space), random, generator_start)
+    walker = _Walker(objective, method, kept, verdict, objective.counted(field.map), random, generator_start)
     if resume is None or begun is None:
         walker.state = PathState(start, start, method.control.initial, objective=objective.begin(kept, start))
         walker.points = [walker.point(walker.state, walker.measure(start), None)]
     else:
         random.set_state(resume.state["generator"])
         walker.state, walker.points = begun, list(resume.points)
+        _check_same(resume, walker.measure(begun.position), function.geometry)
     return walker
 
 
@@ -178,6 +181,8 @@ class _Walker:
                         outcome = "budget" if math.isfinite(measured.drift) else "stalled"
                     state = replace(state, size=control.smaller(state.size), cost=tried.cost)
                     continue
+                if self.method.store == "last" and len(points) > 1:
+                    points[-1] = replace(points[-1], tensors=None)
                 points.append(self.point(tried, measured, points[-1], state.position))
                 state = replace(tried, size=control.following(state.size, added=added))
                 show(points[-1])
@@ -264,7 +269,11 @@ class _Walker:
             outcome=outcome,
             message=OUTCOMES[outcome],
             state=flat,
-            settings={"geometry": repr(self.kept.function.geometry), "method": repr(self.method)},
+            settings={
+                "geometry": repr(self.kept.function.geometry),
+                "objective": repr(self.objective),
+                "method": repr(self.method),
+            },
         )
         return found if self.method.store == "all" else found.thinned([0, -1])
 
@@ -278,6 +287,16 @@ def _check_resume(resume: PathResult, objective: Objective, field: MetricField) 
             f"resume: a path of {resume.objective_name!r} in {dim} weights, expected {objective.name!r} in {space.dim}"
             + (f" (tensors that differ: {', '.join(differ[:4])})" if differ else "")
             + "; resume with the model, params and objective that it was walked with"
+        )
+
+
+def _check_same(resume: PathResult, measured: Measured, geometry: Geometry) -> None:
+    """The last point must measure as it did: other inputs, geometry or frozen tensors would make it another path."""
+    before, now = resume[-1].distance, measured.distance
+    if resume.settings.get("geometry") != repr(geometry) or abs(before - now) > 1e-6 * max(before, 1e-3):
+        raise ValueError(
+            f"resume: the path's last point measured {before:.6g} in {resume.settings.get('geometry')}, here {now:.6g}"
+            f" in {geometry!r}; resume with the inputs, held_out, geometry and model that it was walked with"
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fipgeo.data import Batches, Generator, TensorBatches, as_batches
+from fipgeo.data import Batches, Generator, as_batches
 from fipgeo.jacobian import MAX_BYTES
 from fipgeo.metrics import MetricField
 from fipgeo.model import ForwardFn, OutputFn
@@ -38,7 +40,7 @@ def sparsify(
     *,
     geometry: str | Geometry = "logits",
     params: Where = None,
-    exclude: str | list[str] | None = None,
+    exclude: Where = None,
     held_out: Any = 0.2,
     budget: float | None = None,
     corrector: str | Corrector = "auto",
@@ -64,7 +66,7 @@ def sparsify(
         sparsity: Share of zeros to reach among the counted weights, in [0, 1).
         geometry: How outputs are compared (see `MetricField`).
         params: Which parameters may move (None: all that require a gradient).
-        exclude: Patterns of tensors that stay dense, besides biases and normalisation scales and shifts.
+        exclude: Which tensors stay dense (globs or a predicate), besides biases and normalisation scales and shifts.
         held_out: Inputs for the verdict, or the share of `inputs` to set apart for it.
         budget: Largest drift allowed (see `PathPoint.drift`); None walks to the target whatever it costs.
         corrector: "gauss-newton", "first-order", a `Corrector`, or "auto": Gauss-Newton for small models without
@@ -73,7 +75,7 @@ def sparsify(
             the metric with Gauss-Newton, lamp with the first-order corrector, under which it was measured to be better.
         max_steps: Accepted steps at most.
         store: "all" or "last": which points keep their weights.
-        batch_size: Examples in a batch when inputs is a tensor.
+        batch_size: Examples in a batch when data are tensors (default 256).
         forward_fn: (model, batch) -> raw outputs.
         output_fn: raw outputs -> the tensor or tensors to compare.
         generator: Source of all randomness; None for a fixed seed.
@@ -96,9 +98,8 @@ def sparsify(
         ('reached', 0.5)
     """
     Sparsity(sparsity, exclude)  # a wrong target is said before the model is looked at
-    field = MetricField(
-        model, inputs, geometry, params, batch_size=batch_size, forward_fn=forward_fn, output_fn=output_fn
-    )
+    data = _batches(inputs, batch_size, "inputs")
+    field = MetricField(model, data, geometry, params, forward_fn=forward_fn, output_fn=output_fn)
     _look(field)
     chosen = _corrector(corrector, field)
     exact = isinstance(chosen, GaussNewton)
@@ -184,11 +185,10 @@ def adapt(
     Raises:
         ValueError: The budget is below the first step, the loss is no finite scalar, or bad inputs.
     """
-    field = MetricField(
-        model, keep, geometry, params, batch_size=batch_size, forward_fn=forward_fn, output_fn=output_fn
-    )
+    old = _batches(keep, batch_size, "keep")
+    field = MetricField(model, old, geometry, params, forward_fn=forward_fn, output_fn=output_fn)
     _look(field)
-    new = _labelled(new_batches, batch_size)
+    new = _batches(new_batches, batch_size or 100, "new_batches")
     objective = NewTask(
         new, loss_fn, epochs=epochs, lr=lr, momentum=momentum, hold_zeros=hold_zeros, num_batches=count_batches(new)
     )
@@ -212,12 +212,10 @@ def adapt(
     )
 
 
-def _labelled(data: Any, batch_size: int | None) -> Batches:
-    """New data as batches: a pair of equally long tensors is one data set, not two batches."""
-    pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
-    if pair and len(data[0]) == len(data[1]):
-        return TensorBatches(data, batch_size or 100, "new_batches")
-    return as_batches(data, argument="new_batches")
+def _batches(data: Any, batch_size: int | None, argument: str) -> Batches:
+    """Data as batches; batch_size says how tensors are cut up, and ready-made batches stay as they are."""
+    whole = isinstance(data, Tensor | Mapping) or (isinstance(data, tuple) and all(map(torch.is_tensor, data)))
+    return as_batches(data, batch_size if whole else None, argument)
 
 
 def _held_out(held_out: Any, batch_size: int | None) -> Batches | float:
@@ -225,7 +223,7 @@ def _held_out(held_out: Any, batch_size: int | None) -> Batches | float:
         if not 0 < held_out < 1:
             raise ValueError(f"held_out: got {held_out}, expected inputs, or a share of the protected ones in (0, 1)")
         return float(held_out)
-    return as_batches(held_out, batch_size, "held_out")
+    return _batches(held_out, batch_size, "held_out")
 
 
 def _corrector(corrector: str | Corrector, field: MetricField) -> Corrector:
@@ -234,7 +232,7 @@ def _corrector(corrector: str | Corrector, field: MetricField) -> Corrector:
     if corrector == "auto":
         outputs = field.map(field.map.point(), field.function.batches.first())
         width = sum(f[0].numel() for f in outputs)
-        rows = min(1024, max(width, 256))
+        rows = max(width, 1024)  # a step takes at least one batch
         small = rows * field.space.dim * 4 <= MAX_BYTES and not field.map.normalisers
         corrector = "gauss-newton" if small else "first-order"
     kinds = {"gauss-newton": GaussNewton(), "first-order": FirstOrder()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fipgeo.data import ListBatches, LoaderBatches, TensorBatches
+from fipgeo.data import ListBatches, TensorBatches
 from fipgeo.jacobian import EmbeddedOutputs, Survey
 from fipgeo.model import NotFiniteError
 from fipgeo.outputs import embed
@@ -43,7 +43,7 @@ class Kept:
     @classmethod
     def of(cls, function: EmbeddedOutputs, start: Tensor) -> Kept:
         """Cache the outputs at the start theta_0 `[D]`; a loader's batches are read into memory."""
-        batches = function.batches.hold() if isinstance(function.batches, LoaderBatches) else function.batches
+        batches = function.batches.hold()
         assert isinstance(batches, TensorBatches | ListBatches)
         function = replace(function, batches=batches)
         reference = tuple(embed(function.geometry, outputs) for _, outputs in function.outputs(start))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fipgeo.data import Batches, LoaderBatches, TensorBatches
 from fipgeo.paths.kept import Kept, Position
-from fipgeo.paths.objectives import Objective, Predictor, Proposal, State
+from fipgeo.paths.objectives import Objective, Predictor, Proposal, State, weight_mask
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -34,12 +35,12 @@ class NewTask(Objective):
         momentum: Heavy-ball coefficient.
         clip: Steps v longer than this are shortened to it, before the learning rate.
         refresh: Minibatches in a step, all under the metric at its start.
-        hold_zeros: Weights that are exactly zero stay so (after a sparse path).
+        hold_zeros: Weights (see `weight_mask`) that are exactly zero stay so, after a sparse path.
         num_batches: Minibatches in an epoch.
     """
 
-    batches: Batches
-    loss_fn: LossFn
+    batches: Batches = field(repr=False)
+    loss_fn: LossFn = field(repr=False)
     epochs: float = 1.0
     lr: float = 0.05
     momentum: float = 0.9
@@ -47,6 +48,7 @@ class NewTask(Objective):
     refresh: int = 10
     hold_zeros: bool = False
     num_batches: int = 1
+    _passes: dict[int, Iterator[Any]] = field(default_factory=dict, init=False, repr=False)
     name = "loss on new data"
     maximise = False
 
@@ -61,7 +63,9 @@ class NewTask(Objective):
     def begin(self, kept: Kept, position: Position) -> State:
         """No minibatch seen, no momentum, every weight free (or all but the zeros)."""
         theta = position.theta
-        free = (theta != 0) if self.hold_zeros else torch.ones_like(theta, dtype=torch.bool)
+        free = torch.ones_like(theta, dtype=torch.bool)
+        if self.hold_zeros:
+            free &= (theta != 0) | ~weight_mask(kept.function.map)
         losses = [self._loss(kept, position, batch)[0] for batch in self._stream(0, min(self.refresh, self.total))]
         loss = torch.tensor(sum(losses) / len(losses), dtype=torch.float64)
         return {"seen": torch.tensor(0), "velocity": torch.zeros_like(theta), "free": free, "loss": loss}
@@ -112,19 +116,23 @@ class NewTask(Objective):
         return max(math.ceil(self.epochs * self.num_batches), 1)
 
     def _stream(self, start: int, count: int) -> Iterator[Any]:
-        """Minibatches start, ..., start + count - 1 of the endless sequence of shuffled epochs."""
-        while count > 0:
-            before = start
-            epoch, skip = divmod(start, self.num_batches)
-            for index, batch in enumerate(self.batches.shuffled(epoch + 1)):
-                if index < skip:
-                    continue
-                if count == 0:
-                    return
-                yield batch
-                start, count = start + 1, count - 1
-            if start == before:
-                raise ValueError(f"new_batches: a pass gave no batch number {skip} of the {self.num_batches} promised")
+        """Minibatches start, ..., start + count - 1 of the endless sequence of shuffled epochs.
+
+        The pass that is under way is kept open for the next step; a refused or resumed step opens its epoch again.
+        """
+        for index in range(start, start + count):
+            epoch, skip = divmod(index, self.num_batches)
+            stream = self._passes.pop(index, None) if skip else None
+            if stream is None:
+                self._passes.clear()
+                stream = islice(self.batches.shuffled(epoch + 1), skip, None)
+            try:
+                batch = next(stream)
+            except StopIteration:
+                promised = f"a pass gave no batch number {skip} of the {self.num_batches} promised"
+                raise ValueError(f"new_batches: {promised}") from None
+            self._passes[index + 1] = stream
+            yield batch
 
     def _loss(self, kept: Kept, position: Position, batch: Any) -> tuple[float, Tensor, int]:
         """Loss on a minibatch, its gradient `[D]`, and how many examples it held."""

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fipgeo.model import OutputMap
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.kept import Kept, Position
-from fipgeo.space import WeightSpace
+from fipgeo.space import Where
 
 State = Mapping[str, Tensor]
 Predictor = Callable[[Position, Tensor], Compensation | None]
@@ -80,33 +81,42 @@ class Objective(ABC):
     def reached(self, state: State) -> bool:
         """Whether the path has arrived."""
 
-    def counted(self, space: WeightSpace) -> Tensor:
+    def counted(self, model: OutputMap) -> Tensor:
         """Boolean `[D]`: the coordinates over which the sparsity of a point is counted."""
-        return weight_mask(space)
+        return weight_mask(model)
 
 
-def weight_mask(space: WeightSpace, exclude: str | list[str] | None = None) -> Tensor:
-    """Boolean `[D]`: the tensors with at least two axes, less those that match `exclude`.
+def weight_mask(model: OutputMap, exclude: Where = None) -> Tensor:
+    """Boolean `[D]`: what counts as a weight, less the tensors that `exclude` chooses.
 
-    Biases and the scales and shifts of normalisation layers have one axis, so they are left out.
+    Weights are the tensors with at least two axes that belong to no normalisation layer, `[1, ..., 1, D]` (a token)
+    left out; embeddings count. Biases, and scales and shifts of normalisation layers of any shape, do not.
     """
-    names = {name for name, shape in space.shapes.items() if len(shape) >= 2}
+    space, modules = model.space, dict(model.module.named_modules())
+
+    def is_weight(name: str, tensor: Tensor) -> bool:
+        owner = type(modules[name.rpartition(".")[0]]).__name__
+        token = tensor.dim() > 2 and tensor.numel() == tensor.shape[-1]
+        return tensor.dim() > 1 and not token and "Norm" not in owner
+
+    named = {name: torch.empty(shape, device="meta") for name, shape in space.shapes.items()}
+    names = {name for name, tensor in named.items() if is_weight(name, tensor)}
     nothing = torch.zeros(space.dim, dtype=torch.bool, device=space.device)
     mask = space.mask(lambda name, _: name in names) if names else nothing
-    return mask & ~space.mask(exclude, argument="exclude") if exclude else mask
+    return mask if exclude is None else mask & ~space.mask(exclude, argument="exclude")
 
 
 @dataclass(frozen=True)
 class Sparsity(Objective):
     """Unstructured sparsity over all chosen weights together.
 
-    Zeros are chosen by the change of the outputs that the metric predicts for setting a weight to zero, w_j^2 g_jj,
-    with g_jj re-estimated at every step; once chosen they are held. A step of size h zeroes the share h of the weights
-    that are left.
+    Zeros are chosen by `score`: by default the change of the outputs that the metric predicts for setting a weight to
+    zero, w_j^2 g_jj, with g_jj re-estimated at every step. Once chosen they are held. A step of size h zeroes the share
+    h of the weights that are left; with a predictor, the others make up for it within the tangent space.
 
     Attributes:
         target: Share of zeros to reach, in [0, 1).
-        exclude: Patterns of tensors that stay dense, besides biases and normalisation scales and shifts.
+        exclude: Which tensors stay dense (globs or a predicate), besides biases and normalisation scales and shifts.
         score: "metric" for w_j^2 g_jj, "lamp", or "magnitude" (see `scores`).
         samples: Random output directions for each estimate of the diagonal.
         batch_size: Inputs that share a random output direction.
@@ -116,7 +126,7 @@ class Sparsity(Objective):
     """
 
     target: float
-    exclude: str | list[str] | None = None
+    exclude: Where = None
     score: str = "metric"
     samples: int = 128
     batch_size: int = 8
@@ -132,19 +142,19 @@ class Sparsity(Objective):
         if self.score not in ("metric", "lamp", "magnitude"):
             raise ValueError(f"score: got {self.score!r}, expected 'metric', 'lamp' or 'magnitude'")
 
-    def counted(self, space: WeightSpace) -> Tensor:
-        """The weights that may become zero."""
-        mask = weight_mask(space, self.exclude)
+    def counted(self, model: OutputMap) -> Tensor:
+        """The weights that may become zero (see `weight_mask`)."""
+        mask = weight_mask(model, self.exclude)
         if not mask.any():
             raise ValueError(
-                f"exclude: {self.exclude!r} leaves no tensor with two axes or more out of {space.names}; nothing can"
-                " become sparse"
+                f"exclude: {self.exclude!r} leaves no tensor with two axes or more out of {model.space.names}; nothing"
+                " can become sparse"
             )
         return mask
 
     def begin(self, kept: Kept, position: Position) -> State:
         """Weights that are zero already count and are held."""
-        counted = self.counted(kept.function.map.space)
+        counted = self.counted(kept.function.map)
         return {"counted": counted, "held": counted & (position.theta == 0)}
 
     def propose(

@@ -24,8 +24,8 @@ class PathPoint:
         arc_length: Length of the path so far, the sum of |theta_{i+1} - theta_i| in weights.
         step_norm: |theta_i - theta_{i-1}|.
         distance: Root mean square over held-out inputs of the geometry's finite distance to the start's outputs.
-        drift: The same as a share of the outputs' own spread over the inputs: 0 the same function, 1 as far as one
-            input's outputs are from another's.
+        drift: The same in units of the outputs' own spread, their root mean square distance from their mean over the
+            inputs: 0 the same function, 1 as far off as a constant function would be.
         changed: Share of held-out inputs whose prediction differs from the start's; NaN where outputs predict nothing.
         changed_upper: Exact (Clopper-Pearson) upper 95 % confidence bound on that share.
         objective: What the objective measures (sparsity, loss on new data).
@@ -140,6 +140,8 @@ class PathResult(Sequence[PathPoint]):
             candidates = [p for p in candidates if p.drift <= max_drift]
         if max_changed is not None:
             candidates = [p for p in candidates if self._changed(p, confidence) <= max_changed]
+        if max_changed is not None and all(p.changed != p.changed for p in self.points):
+            raise ValueError("best: max_changed: outputs of this geometry predict no class; use max_drift instead")
         if not candidates:
             least = min((self._changed(p, confidence) for p in self.points), default=float("nan"))
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fipgeo.jacobian import EmbeddedOutputs
 from fipgeo.model import NotFiniteError
-from fipgeo.outputs import changed_predictions, embed, squared_distance
+from fipgeo.outputs import Geometry, changed_predictions, squared_distance
 
 
 def changed_upper_bound(changed: int, total: int, confidence: float = 0.95) -> float:
@@ -70,9 +70,8 @@ class Verdict:
     def __init__(self, function: EmbeddedOutputs, theta: Tensor) -> None:
         self.function = function
         self.reference = [outputs for _, outputs in function.outputs(theta)]
-        z = [embed(function.geometry, outputs).double() for outputs in self.reference]
-        self.num_examples = sum(len(part) for part in z)
-        self.spread = _spread(z)
+        self.num_examples = sum(len(outputs[0]) for outputs in self.reference)
+        self.spread = _spread(function.geometry, self.reference)
 
     def measure(self, theta: Tensor, function: EmbeddedOutputs | None = None) -> Measured:
         """Distance of the function at theta from the start's; exactly 0 at the start.
@@ -100,12 +99,15 @@ class Verdict:
         return Measured(distance, distance / self.spread, share, upper)
 
 
-def _spread(parts: list[Tensor]) -> float:
-    """Root mean square of |z_i - mean z|; 1 when all outputs are equal, so that drift is then a distance."""
-    widths = {part.shape[1] for part in parts}
-    if len(widths) > 1:
-        parts = [part.mean(1, keepdim=True) for part in parts]
-    z = torch.cat(parts)
-    spread = float((z - z.mean(0)).square().sum(1).mean().sqrt())
-    rounding = 1e-6 * float(z.square().sum(1).mean().sqrt())
-    return spread if spread > rounding else 1.0
+def _spread(geometry: Geometry, reference: list[tuple[Tensor, ...]]) -> float:
+    """Root mean square distance of an input's embedded outputs from the mean; 1 where all outputs are equal.
+
+    The mean is over inputs and positions, for each output tensor on its own, so that padded lengths may differ.
+    """
+    total, size = 0.0, 0.0
+    for parts in zip(*reference, strict=True):
+        z = torch.cat([geometry.embed(f.double()).flatten(0, -2) for f in parts])
+        total += float((z - z.mean(0)).square().sum())
+        size += float(z.square().sum())
+    examples = sum(len(outputs[0]) for outputs in reference)
+    return math.sqrt(total / examples) if total > 1e-12 * size else 1.0

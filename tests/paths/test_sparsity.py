@@ -74,7 +74,7 @@ def test_excluded_tensors_stay_dense(exclude: str | list[str]) -> None:
 def test_only_the_chosen_parameters_become_sparse_or_move() -> None:
     model = mlp(1)
     field = MetricField(model, inputs(0, 24), params="2.weight")
-    assert int(Sparsity(0.5).counted(field.space).sum()) == 18 == field.space.dim
+    assert int(Sparsity(0.5).counted(field.map).sum()) == 18 == field.space.dim
 
 
 def test_weights_that_are_zero_already_count_and_are_held() -> None:
@@ -105,10 +105,11 @@ def test_the_mask_is_the_matrices_less_the_exclusions() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.norm, self.head = nn.Conv1d(1, 2, 3), nn.LayerNorm(4), nn.Linear(4, 2)
+            self.conv, self.norm, self.head = nn.Conv1d(1, 2, 3), nn.LayerNorm([2, 4]), nn.Linear(4, 2)
+            self.token = nn.Parameter(torch.zeros(1, 1, 4))
 
-    space = MetricField(Net(), inputs()).space
-    parts = space.unravel(weight_mask(space, "head.*"))
+    model = MetricField(Net(), inputs()).map
+    parts = model.space.unravel(weight_mask(model, "head.*"))
     assert {n for n, m in parts.items() if m.any()} == {"conv.weight"}
     assert bool(parts["conv.weight"].all())
 
