@@ -34,9 +34,10 @@ def default_forward(module: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return module(**batch)
     if isinstance(batch, list | tuple):
-        if len(batch) > 2:
+        entries = len(batch)
+        if entries > 2:
             raise ValueError(
-                f"inputs: a batch has {len(batch)} entries, expected x or (x, y); say what the model takes, with"
+                f"inputs: a batch has {entries} entries, expected x or (x, y); say what the model takes, with"
                 " forward_fn=lambda model, batch: model(batch[0], batch[1])"
             )
         return default_forward(module, batch[0])

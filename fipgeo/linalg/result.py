@@ -2,7 +2,7 @@
 
 import enum
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,7 +137,7 @@ class Spectrum:
     """
 
     values: Tensor
-    vectors: Tensor | None
+    vectors: Tensor | None = field(repr=False)
     residuals: Tensor | None
     dim: int
     rank_bound: int | None = None

@@ -72,7 +72,7 @@ def sparsify(
         corrector: "gauss-newton", "first-order", a `Corrector`, or "auto": Gauss-Newton for small models without
             BatchNorm.
         score: What decides which weights become zero: "metric", "lamp", "magnitude" (see `Sparsity.scores`), or "auto":
-            the metric with Gauss-Newton, lamp with the first-order corrector, under which it was measured to be better.
+            the metric with Gauss-Newton, lamp with the first-order corrector (see the results page of the docs).
         max_steps: Accepted steps at most.
         store: "all" or "last": which points keep their weights.
         batch_size: Examples in a batch when data are tensors (default 256).

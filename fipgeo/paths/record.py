@@ -96,7 +96,7 @@ class PathResult(Sequence[PathPoint]):
         settings: How the path was walked.
     """
 
-    points: tuple[PathPoint, ...]
+    points: tuple[PathPoint, ...] = field(repr=False)
     objective_name: str
     maximise: bool
     budget: float | None
@@ -104,6 +104,14 @@ class PathResult(Sequence[PathPoint]):
     message: str
     state: Mapping[str, Any] = field(repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """One line: how far it went and what it cost."""
+        end = self.points[-1]
+        return (
+            f"path of {len(self) - 1} steps, {self.outcome}: {self.objective_name} {end.objective:.4g},"
+            f" drift {end.drift:.3g}, changed {end.changed:.2%} (at most {end.changed_upper:.2%}) of {end.num_held_out} held-out inputs"
+        )
 
     def __len__(self) -> int:
         """Number of points, the start included."""

@@ -235,7 +235,7 @@ def test_a_tap_that_is_no_module_is_named() -> None:
 def test_a_constant_tap_is_left_out() -> None:
     model = filled(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), 0)
     with torch.no_grad():
-        for p in model[0].parameters():
+        for p in next(model.children()).parameters():
             p.zero_()
     kept = kept_of(model, inputs(1, 20))
     theta = kept.function.map.point()

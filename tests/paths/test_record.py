@@ -181,3 +181,9 @@ def test_thinning_changes_no_number(keep: list[int]) -> None:
     thin: Any = path.thinned(keep)
     assert [replace(p, tensors=None) for p in thin] == [replace(p, tensors=None) for p in path]
     assert [i for i, p in enumerate(thin) if p.tensors is not None] == [range(6)[i] for i in keep]
+
+
+def test_a_path_prints_in_one_line() -> None:
+    path = sparse_path(mlp(0), inputs(1, 40), 0.5)
+    assert str(path).startswith(f"path of {len(path) - 1} steps, reached: sparsity 0.5, drift ")
+    assert "PathPoint" not in repr(path) and len(repr(path)) < 2000
