@@ -110,7 +110,8 @@ class PathResult(Sequence[PathPoint]):
         end = self.points[-1]
         return (
             f"path of {len(self) - 1} steps, {self.outcome}: {self.objective_name} {end.objective:.4g},"
-            f" drift {end.drift:.3g}, changed {end.changed:.2%} (at most {end.changed_upper:.2%}) of {end.num_held_out} held-out inputs"
+            f" drift {end.drift:.3g}, changed {end.changed:.2%} (at most {end.changed_upper:.2%})"
+            f" of {end.num_held_out} held-out inputs"
         )
 
     def __len__(self) -> int:
