@@ -40,7 +40,7 @@ def load(name: str, count: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     test = np.load(folder() / "images" / f"{test_name}.npz")
     x = _prepared(_pick(train, "images", "train")[:count], mean, std, name)
     x_test = _prepared(_pick(test, "images", "test"), mean, std, name)
-    if x.shape[1] == 3:  # convolutions of colour images are faster this way on a CPU
+    if x.shape[1] == 3:  # channels last
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     return model, x, x_test, torch.from_numpy(_pick(test, "labels", "test").astype("int64"))
 

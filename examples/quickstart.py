@@ -2,7 +2,7 @@
 
 Trains a small convolutional network on the 1,797 handwritten digits that scikit-learn carries, draws the spectrum of
 its metric, walks to 90 % sparsity, then teaches the digits 5-9 to a network that knew 0-4. Prints one table, writes
-figures to ./out. About a minute on two cores; nothing is downloaded.
+figures to ./out. Nothing is downloaded.
 """
 
 from __future__ import annotations

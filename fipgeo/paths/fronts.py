@@ -62,7 +62,7 @@ def sparsify(
 
     Args:
         model: Any module; not changed. Write a point of the result into it with `path.best(...).apply_(model)`.
-        inputs: Inputs whose outputs are to stay: tensor, list of batches or loader. A thousand often do.
+        inputs: Inputs whose outputs are to stay: tensor, list of batches or loader.
         sparsity: Share of zeros to reach among the counted weights, in [0, 1).
         geometry: How outputs are compared (see `MetricField`).
         params: Which parameters may move (None: all that require a gradient).

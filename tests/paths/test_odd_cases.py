@@ -1,5 +1,6 @@
 """Cases off the beaten track: odd shapes, broken derivatives, mixed-up resumes, loaders, tied names."""
 
+import gc
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from fipgeo import NewTask, OutputMap, Sparsity, adapt, as_batches, metric, sparsify
+from fipgeo import NewTask, OutputMap, PathPoint, Sparsity, adapt, as_batches, metric, sparsify
 from fipgeo.paths import Verdict
 from fipgeo.paths.objectives import weight_mask
 
@@ -161,8 +162,14 @@ def test_best_says_when_there_are_no_predictions() -> None:
 
 
 def test_last_keeps_the_two_ends() -> None:
-    path = sparse_path(mlp(0), inputs(0, 40), 0.6, options={"store": "last"})
-    assert len(path) > 3
+    most = []
+
+    def count(numbers: Any) -> None:
+        most.append(sum(type(o) is PathPoint and o.tensors is not None for o in gc.get_objects()))
+
+    gc.collect()
+    path = sparse_path(mlp(0), inputs(0, 40), 0.6, options={"store": "last"}, callback=count)
+    assert len(path) > 3 and most[-1] <= most[0]
     assert [p.tensors is not None for p in path] == [True] + [False] * (len(path) - 2) + [True]
 
 
