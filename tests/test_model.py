@@ -114,7 +114,7 @@ BAD: dict[str, tuple[Callable[[nn.Module, Tensor], Any], str]] = {
     "lengths": (lambda m, f: (f, f[:1]), r"outputs: the tensors have \[2, 1\] examples on their first axis"),
     "random": (lambda m, f: f + torch.randn(2), "model: its forward is random: two evaluations .* differ by"),
     "dropout": (
-        lambda m, f: F.dropout(f, 0.5),
+        lambda m, f: F.dropout(f.repeat(1, 64), 0.5),  # wide enough that two masks never agree
         r"model: its forward is random.*functional dropout needs training=self.training",
     ),
     "train": (_train, "model: its forward switches 'Forward' to train mode; .* take that switch out"),
