@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jacrev
 
 from fipgeo.data import ListBatches, TensorBatches
-from fipgeo.jacobian.autodiff import pull_back, vectorised
-from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
+from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey
+from fipgeo.jacobian.rows import BLOCK_BYTES, RowMaker, as_tree
 from fipgeo.linalg import Dense
 from fipgeo.outputs import embed
-from fipgeo.trees import map_tensors
 
 log = logging.getLogger(__name__)
-
-BLOCK_BYTES = 2**28
-"""Rows are made in blocks of about this size."""
 
 
 def materialised_root(function: EmbeddedOutputs, theta: Tensor, survey: Survey) -> Dense:
     """R as a dense operator `[N * M, D]`; the caller has checked that it fits."""
     start = 0
     with function.map.frozen():
+        maker = RowMaker(function, function.map.named(theta))
         out = torch.empty(survey.num_rows, len(theta), dtype=theta.dtype, device=theta.device)
-        for rows in _row_blocks(function, theta, survey):
-            out[start : start + len(rows)] = rows
-            start += len(rows)
+        for batch, examples, height in zip(function.batches, survey.examples, survey.rows, strict=True):
+            for rows in maker.blocks(batch, examples, height):
+                out[start : start + len(rows)] = rows
+                start += len(rows)
     return Dense(out)
 
 
@@ -95,7 +91,7 @@ def _pieces(function: EmbeddedOutputs, theta: Tensor, batch: Any, examples: int,
     if step >= examples:
         return [(batch, examples)]
     try:
-        pieces = list(TensorBatches(_as_tree(batch), step))
+        pieces = list(TensorBatches(as_tree(batch), step))
         whole = embed(function.geometry, function.map(theta, batch))
         split = torch.cat([embed(function.geometry, function.map(theta, piece)) for piece in pieces])
         if split.shape == whole.shape and bool((split - whole).norm() <= 1e-4 * whole.norm()):
@@ -103,79 +99,3 @@ def _pieces(function: EmbeddedOutputs, theta: Tensor, batch: Any, examples: int,
     except Exception as error:  # whatever a model says to a smaller batch, the whole one is at hand
         log.info("a batch stays whole, since the model does not take pieces of it: %s", error)
     return [(batch, examples)]
-
-
-def _row_blocks(function: EmbeddedOutputs, theta: Tensor, survey: Survey) -> Iterator[Tensor]:
-    """Rows of the root `[rows, D]`, block after block, in order; to be consumed inside `function.map.frozen()`."""
-    weights = function.map.named(theta)
-    apart, tried = False, 0
-    for batch, examples, rows in zip(function.batches, survey.examples, survey.rows, strict=True):
-        if tried < min(examples, 2):  # a batch of one shows nothing about larger ones
-            apart, tried = _examples_stand_alone(function, weights, batch, examples), examples
-        height = max(BLOCK_BYTES // (len(theta) * theta.element_size()), 1)
-        if apart:
-            yield from _rows_by_example(function, weights, batch, max(height * examples // rows, 1))
-        else:
-            yield from _rows_by_cotangent(function, weights, batch, rows, height)
-
-
-def _rows_by_example(function: EmbeddedOutputs, weights: Weights, batch: Any, step: int) -> Iterator[Tensor]:
-    """Rows of each example from its own outputs: one vectorised reverse pass per output, on that example alone."""
-    space = function.map.space
-
-    def rows(example: Any) -> Tensor:
-        single = map_tensors(example, lambda t: t[None])
-        return space.ravel(jacrev(function.on(single))(weights))
-
-    for part in TensorBatches(_as_tree(batch), step):
-        yield vectorised(rows)(part).flatten(0, 1)
-
-
-def _rows_by_cotangent(
-    function: EmbeddedOutputs, weights: Weights, batch: Any, rows: int, height: int
-) -> Iterator[Tensor]:
-    """Rows as R^T e_i over the whole batch, for models whose examples cannot be set apart."""
-    space = function.map.space
-    z, pull = pull_back(function.on(batch), weights)
-    for index in torch.arange(rows, device=z.device).split(min(height, 64)):
-        part = z.new_zeros(len(index), rows).scatter_(1, index[:, None], 1.0)
-        try:
-            block = vectorised(lambda u: space.ravel(pull(u)[0]))(part)
-        except (RuntimeError, ValueError) as error:
-            log.info("rows are made one by one, since the model cannot be vectorised: %s", error)
-            block = torch.stack([space.ravel(pull(u)[0]) for u in part])
-        yield block
-
-
-def _examples_stand_alone(function: EmbeddedOutputs, weights: Weights, batch: Any, examples: int) -> bool:
-    """Whether the rows of single examples equal those of the batch: tried on the first two, checked by one pullback."""
-    try:
-        whole = TensorBatches(_as_tree(batch), 2)
-        few = whole.take(torch.arange(min(2, examples)))
-        rows = torch.cat(list(_rows_by_example(function, weights, few, 2)))
-        z, pull = pull_back(function.on(few), weights)
-    except Exception as error:  # whatever a model says to a single example under vmap, whole batches are at hand
-        log.info("rows are made from whole batches, since examples cannot be vectorised: %s", error)
-        return False
-    if len(whole) != examples or len(rows) != z.numel():
-        return False
-    u = torch.linspace(-1.0, 1.3, z.numel(), dtype=z.dtype, device=z.device)
-    expected = function.map.space.ravel(pull(u)[0])
-    gap = (u.to(rows.dtype) @ rows - expected).norm()
-    coarse = max(torch.finfo(t.dtype).eps for t in weights.values())
-    return bool(gap <= max(1e-3, 8 * coarse) * expected.norm())
-
-
-def _as_tree(batch: Any) -> Any:
-    """The batch as tensors, dicts and tuples of tensors.
-
-    Raises:
-        TypeError: Anything else is in it.
-    """
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        return {key: _as_tree(value) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return tuple(_as_tree(value) for value in batch)
-    raise TypeError(f"the batch holds a {type(batch).__name__}")
