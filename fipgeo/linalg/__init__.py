@@ -5,19 +5,22 @@ stacked vectors or eigenpairs. Methods return records with a verdict and residua
 """
 
 from fipgeo.linalg._stacks import as_generator
-from fipgeo.linalg.estimate import trace
+from fipgeo.linalg.angles import overlap, principal_angles
+from fipgeo.linalg.estimate import diagonal, trace
 from fipgeo.linalg.factor import DualFactor, cholesky, woodbury
 from fipgeo.linalg.krylov import lanczos
 from fipgeo.linalg.nodes import Dense, Diagonal, Function, Gram, Identity, Stack, from_scipy
 from fipgeo.linalg.operator import Adjoint, LinearOperator, Product, Scaled, Sum
 from fipgeo.linalg.probes import adjoint_gap, dense_gap, psd_gap, symmetry_gap
-from fipgeo.linalg.result import Estimate, Outcome, Solution, SolveError, Spectrum
+from fipgeo.linalg.quadrature import Density, lanczos_density
+from fipgeo.linalg.result import Estimate, Outcome, Solution, SolveError, Spectrum, TensorEstimate
 from fipgeo.linalg.solve import cg, lsmr
 from fipgeo.linalg.spectrum import dense_eigh, dual_eigh
 
 __all__ = [
     "Adjoint",
     "Dense",
+    "Density",
     "Diagonal",
     "DualFactor",
     "Estimate",
@@ -33,16 +36,21 @@ __all__ = [
     "Spectrum",
     "Stack",
     "Sum",
+    "TensorEstimate",
     "adjoint_gap",
     "as_generator",
     "cg",
     "cholesky",
     "dense_eigh",
     "dense_gap",
+    "diagonal",
     "dual_eigh",
     "from_scipy",
     "lanczos",
+    "lanczos_density",
     "lsmr",
+    "overlap",
+    "principal_angles",
     "psd_gap",
     "symmetry_gap",
     "trace",

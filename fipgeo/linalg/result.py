@@ -211,17 +211,56 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A Monte Carlo mean.
+    """A Monte Carlo value.
 
     Attributes:
-        value: the mean.
-        std_error: its standard error; 0 for an exact value, NaN for a single sample.
-        num_samples: samples averaged; 0 for an exact value.
+        value: the estimate; NaN if a product was not finite.
+        std_error: its standard error, rounding included; 0 for an exact value, NaN for a single sample.
+        num_samples: random vectors it rests on; 0 for an exact value.
+        num_products: vectors multiplied by the operator.
+        outcome: the verdict; CONVERGED wherever the value is what it says.
+
+    Example:
+        >>> found = Estimate(6.0, 0.5, num_samples=8, num_products=16)
+        >>> float(found), found.ok
+        (6.0, True)
     """
 
     value: float
     std_error: float
     num_samples: int
+    num_products: int = 0
+    outcome: Outcome = field(default=Outcome.CONVERGED, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the value is what it says."""
+        return self.outcome.ok
 
     def __float__(self) -> float:
         return self.value
+
+
+@dataclass(frozen=True)
+class TensorEstimate:
+    """Monte Carlo values of many quantities from the same random vectors.
+
+    Attributes:
+        value: the estimates.
+        std_error: the standard error of each entry, in the shape of `value`. Errors of different entries are
+            not independent.
+        num_samples: random vectors they rest on; 0 for exact values.
+        num_products: vectors multiplied by the operator.
+        outcome: the verdict; CONVERGED wherever the values are what they say.
+    """
+
+    value: Tensor
+    std_error: Tensor
+    num_samples: int
+    num_products: int = 0
+    outcome: Outcome = field(default=Outcome.CONVERGED, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the values are what they say."""
+        return self.outcome.ok

@@ -10,15 +10,18 @@ matplotlib.pyplot is imported only when a new figure has to be made, so importin
 backend.
 """
 
+from fipgeo.plotting.density import DensityRecord, plot_density
 from fipgeo.plotting.layers import plot_layer_sparsity
 from fipgeo.plotting.path import PathRecord, plot_path
 from fipgeo.plotting.spectrum import SpectrumRecord, plot_spectrum
 from fipgeo.plotting.svg import figure_svg
 
 __all__ = [
+    "DensityRecord",
     "PathRecord",
     "SpectrumRecord",
     "figure_svg",
+    "plot_density",
     "plot_layer_sparsity",
     "plot_path",
     "plot_spectrum",

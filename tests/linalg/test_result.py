@@ -1,6 +1,5 @@
-"""Records: ranks, entropies, round trips, verdicts; and the trace estimate."""
+"""Records: ranks, entropies, round trips, verdicts."""
 
-import math
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
@@ -8,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fipgeo.linalg import Dense, Diagonal, Estimate, Outcome, Spectrum, as_generator, dense_eigh, trace
+from fipgeo.linalg import Dense, Outcome, Spectrum, dense_eigh
 
-from .cases import Counting, draw, prescribed
+from .cases import prescribed
 
 
 def record(*values: float, dtype: torch.dtype = torch.float64) -> Spectrum:
@@ -69,28 +68,3 @@ def test_outcomes_say_what_helps() -> None:
     assert Outcome.worst([Outcome.CONVERGED, Outcome.NOT_FINITE, Outcome.STAGNATED]) is Outcome.NOT_FINITE
     assert Outcome.worst([]) is Outcome.CONVERGED
     assert all(word in Outcome.BREAKDOWN.message for word in ("negative", "damping", "psd_gap"))
-
-
-@given(seed=st.integers(0, 2**20))
-def test_trace_is_within_its_error(seed: int) -> None:
-    dense = prescribed(seed, draw(seed, 30).square())
-    counting = Counting(Dense(dense, psd=True))
-    found = trace(counting, num_samples=400, generator=seed)
-    exact, spread = (
-        float(dense.diagonal().sum()),
-        2 * (dense.square().sum() - dense.diagonal().square().sum()),
-    )
-    assert counting.calls == 1 and counting.vectors == found.num_samples == 400
-    assert abs(float(found) - exact) < 5 * found.std_error
-    assert found.std_error == pytest.approx(float((spread / 400).sqrt()), rel=0.35)
-
-
-def test_trace_edge_cases() -> None:
-    assert trace(Diagonal(torch.arange(5.0))) == Estimate(10.0, 0.0, 32)
-    assert math.isnan(trace(Dense(torch.ones(2, 2)), num_samples=1).std_error)
-    assert trace(Dense(torch.ones(9, 9)), generator=1) == trace(Dense(torch.ones(9, 9)), generator=as_generator(1))
-    assert trace(Dense(torch.ones(9, 9)), generator=1) != trace(Dense(torch.ones(9, 9)), generator=2)
-    with pytest.raises(ValueError, match="square"):
-        trace(Dense(torch.ones(2, 3)))
-    with pytest.raises(ValueError, match="num_samples is 0"):
-        trace(Diagonal(torch.ones(2)), num_samples=0)
