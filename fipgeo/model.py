@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fipgeo.data import preserved_rng
-from fipgeo.space import WeightSpace, Where
-from fipgeo.trees import copied, floats
+from fipgeo.space import ALGEBRA_DTYPES, WeightSpace, Where
+from fipgeo.trees import copied, floats, in_dtype, input_tensors
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 OutputFn = Callable[[Any], Any]
@@ -86,6 +87,8 @@ class OutputMap:
         forward_fn: (module, batch) -> raw outputs; `default_forward` when None. Moves to a device belong here.
         output_fn: raw outputs -> a float tensor, or a tuple or mapping of them, each with examples first. When None,
             `.logits` (or the entry "logits") is taken if there is one, else every tensor of the structure.
+        dtype: torch.float32 or torch.float64 to evaluate the whole model in it: its weights, its buffers and the
+            floating tensors of the inputs are cast, in copies. None for the module's own dtypes.
 
     Examples:
         >>> net = nn.Linear(3, 2)
@@ -101,15 +104,19 @@ class OutputMap:
         *,
         forward_fn: ForwardFn | None = None,
         output_fn: OutputFn | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"model: got {type(module).__name__}, expected a torch.nn.Module")
+        if dtype is not None and dtype not in ALGEBRA_DTYPES:
+            raise ValueError(f"dtype: got {dtype}, expected torch.float32, torch.float64 or None (the model's own)")
         self.module = unwrapped(module)
-        self.space = WeightSpace.of(self.module, params)
+        space = WeightSpace.of(self.module, params)
+        self.space, self.dtype = (space if dtype is None else replace(space, dtype=dtype)), dtype
         self._caller = _Caller(self.module, forward_fn or default_forward, output_fn)
         self.buffers: Mapping[str, Tensor] = {}
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in self.module.modules())
-        self._dtypes = {n: p.dtype for n, p in self.module.named_parameters() if n in self.space.shapes}
+        self._dtypes = {n: dtype or p.dtype for n, p in self.module.named_parameters() if n in space.shapes}
         _check_normalisation(self.module)
 
     def point(self) -> Tensor:
@@ -117,7 +124,7 @@ class OutputMap:
         return self.space.point(self.module)
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:
-        """A flat point or tangent `[..., D]` as tensors in the module's own dtypes."""
+        """A flat point or tangent `[..., D]` as tensors in the module's own dtypes, or in the one asked for."""
         with torch.inference_mode(False):  # so that what is made in that mode can be differentiated later
             return {name: t.to(self._dtypes[name]) for name, t in self.space.unravel(vector).items()}
 
@@ -135,7 +142,9 @@ class OutputMap:
     def call(self, weights: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, ...]:
         """Outputs as a pure, differentiable function of named weights; call it inside `frozen()`."""
         buffers = {n: self.buffers.get(n, b).clone() for n, b in self.module.named_buffers()}
-        return _leaves(torch.func.functional_call(self._caller, self._swap(weights, buffers), (copied(batch),)))
+        return _leaves(
+            torch.func.functional_call(self._caller, self._swap(weights, buffers), (copied(batch, self.dtype),))
+        )
 
     def tapped(
         self, weights: Mapping[str, Tensor], batch: Any, taps: list[str]
@@ -171,7 +180,8 @@ class OutputMap:
     def _swap(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `functional_call` is to put in place of the module's tensors."""
         rest = {n: p.detach() for n, p in self.module.named_parameters() if n not in weights}
-        return {f"module.{n}": t for n, t in (rest | dict(buffers) | dict(weights)).items()}
+        fixed = {n: in_dtype(t, self.dtype) for n, t in (rest | dict(buffers)).items()}
+        return {f"module.{n}": t for n, t in (fixed | dict(weights)).items()}
 
     @property
     def normalisers(self) -> dict[str, nn.modules.batchnorm._BatchNorm]:
@@ -252,7 +262,7 @@ class OutputMap:
             ValueError: The forward fails, its outputs are not finite float tensors with examples first, it is random,
                 it switches to train mode, or the batch lies on another device than the weights.
         """
-        where = {str(t.device) for t in _tensors(batch)} - {str(self.space.device)}
+        where = {str(t.device) for t in input_tensors(batch)} - {str(self.space.device)}
         if where and self._caller.forward_fn is default_forward:
             raise ValueError(
                 f"inputs: the batch is on {sorted(where)[0]}, the weights on {self.space.device}; move the data, or"
@@ -368,24 +378,13 @@ def _check_normalisation(module: nn.Module) -> None:
             )
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree[:1]:
-            yield from _tensors(value)
-
-
 def _kind(raw: Any) -> str:
     return f"a {type(raw).__name__}"
 
 
 def _describe(batch: Any, output_map: OutputMap) -> str:
     """What the first batch holds, and the likely cure when its dtype does not fit the weights."""
-    tensors = list(_tensors(batch))
+    tensors = list(input_tensors(batch))
     if not tensors:
         return f" ({type(batch).__name__})"
     weights = next(iter(output_map._dtypes.values()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,8 +49,11 @@ class Geometry(ABC):
         return 1.0
 
     def distance(self, outputs: Tensor, reference: Tensor) -> Tensor:
-        """Finite distance of two outputs `[N, ..., C]` along the last axis, `[N, ...]`; exactly 0 for equal outputs."""
-        return self.length((self.embed(outputs) - self.embed(reference)).norm(dim=-1))
+        """Finite distance of two outputs `[N, ..., C]` along the last axis, `[N, ...]`; exactly 0 for equal outputs.
+
+        Half-precision outputs are compared in float32.
+        """
+        return self.length((self.embed(widened(outputs)) - self.embed(widened(reference))).norm(dim=-1))
 
 
 @dataclass(frozen=True)
@@ -242,29 +246,68 @@ def as_geometry(geometry: str | Geometry) -> Geometry:
     return GEOMETRIES[geometry]
 
 
-def embed(geometry: Geometry, outputs: tuple[Tensor, ...]) -> Tensor:
-    """z, all outputs of an example embedded and laid side by side: tensors `[n, ..., C]` to one `[n, M]`."""
-    parts = [geometry.embed(f).reshape(len(f), -1) for f in outputs]
+Masks = Sequence[Tensor | None] | None
+"""For every output tensor a boolean mask `[n, ...]` of the positions that count, or None where all of them do."""
+
+
+def widened(outputs: Tensor) -> Tensor:
+    """Outputs in at least float32: half precision has too few digits for a logarithm, a mean or a difference."""
+    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+
+
+def over_entries(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask `[n, ...]` with further axes of length 1, so that it broadcasts over a tensor that has more."""
+    return mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))
+
+
+def positions(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Values with those of masked positions replaced by zeros; the mask covers the leading axes."""
+    return values if mask is None else torch.where(over_entries(mask, values), values, torch.zeros_like(values))
+
+
+def replaced(outputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Outputs with ones at masked positions, where every geometry has a slope: padding makes no NaN."""
+    return outputs if mask is None else torch.where(over_entries(mask, outputs), outputs, torch.ones_like(outputs))
+
+
+def embed(geometry: Geometry, outputs: tuple[Tensor, ...], masks: Masks = None) -> Tensor:
+    """z, all outputs of an example embedded and laid side by side: tensors `[n, ..., C]` to one `[n, M]`.
+
+    Half-precision outputs are embedded in float32. Masked positions are zeros: they have no slope and no length.
+    """
+    masks = [None] * len(outputs) if masks is None else masks
+    parts = [
+        positions(geometry.embed(replaced(widened(f), mask)), mask).reshape(len(f), -1)
+        for f, mask in zip(outputs, masks, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def squared_distance(geometry: Geometry, outputs: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> Tensor:
-    """Squared finite distance per example `[n]`, summed over positions and over the tensors of a structured output."""
+def squared_distance(
+    geometry: Geometry, outputs: tuple[Tensor, ...], reference: tuple[Tensor, ...], masks: Masks = None
+) -> Tensor:
+    """Squared finite distance per example `[n]`, summed over the positions that count and over the output tensors."""
+    masks = [None] * len(outputs) if masks is None else masks
     parts = [
-        geometry.distance(f, f0).square().reshape(len(f), -1).sum(-1) for f, f0 in zip(outputs, reference, strict=True)
+        positions(geometry.distance(replaced(f, mask), replaced(f0, mask)), mask).square().reshape(len(f), -1).sum(-1)
+        for f, f0, mask in zip(outputs, reference, masks, strict=True)
     ]
     return torch.stack(parts).sum(0)
 
 
 def changed_predictions(
-    geometry: Geometry, outputs: tuple[Tensor, ...], reference: tuple[Tensor, ...]
+    geometry: Geometry, outputs: tuple[Tensor, ...], reference: tuple[Tensor, ...], masks: Masks = None
 ) -> Tensor | None:
-    """Which examples `[n]` predict anything else than the reference (at any position), or None without predictions."""
+    """Which examples `[n]` predict anything else than the reference (at any position that counts).
+
+    None without predictions.
+    """
+    masks = [None] * len(outputs) if masks is None else masks
     out: Tensor | None = None
-    for f, f0 in zip(outputs, reference, strict=True):
+    for f, f0, mask in zip(outputs, reference, masks, strict=True):
         now, before = geometry.predict(f), geometry.predict(f0)
         if now is None or before is None:
             return None
-        changed = (now != before).reshape(len(f), -1).any(-1)
+        changed = positions(now != before, mask).reshape(len(f), -1).any(-1)
         out = changed if out is None else out | changed
     return out

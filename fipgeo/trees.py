@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -35,18 +36,40 @@ def same_batch(a: Any, b: Any) -> bool:
     return type(a) is type(b)
 
 
-def copied(batch: Any) -> Any:
-    """The batch with its tensors copied, so that a forward that works in place leaves the caller's data alone."""
+def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A floating tensor in a dtype; integers and booleans, and everything where the dtype is None, as they are."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def copied(batch: Any, dtype: torch.dtype | None = None) -> Any:
+    """The batch with its tensors copied, so that a forward that works in place leaves the caller's data alone.
+
+    Args:
+        batch: Nested mappings, tuples and lists.
+        dtype: Of the floating tensors in the copy; None for their own.
+    """
     if isinstance(batch, Tensor):
-        return batch.clone()
+        return in_dtype(batch.clone(), dtype)
     if isinstance(batch, MutableMapping):
         out = copy.copy(batch)
         for key, value in batch.items():
-            out[key] = copied(value)
+            out[key] = copied(value, dtype)
         return out
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(copied, batch))
-    return type(batch)(map(copied, batch)) if isinstance(batch, list | tuple) else batch
+        return type(batch)(*(copied(value, dtype) for value in batch))
+    return type(batch)(copied(value, dtype) for value in batch) if isinstance(batch, list | tuple) else batch
+
+
+def input_tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors that a model gets of a batch: anywhere in nested mappings, and of x alone in `(x, y)`."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from input_tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree[:1]:
+            yield from input_tensors(value)
 
 
 def floats(tree: Any) -> Iterator[Tensor]:

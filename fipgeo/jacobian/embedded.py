@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,16 @@ from torch import Tensor
 
 from fipgeo.data import Batches
 from fipgeo.model import NotFiniteError, OutputError, OutputMap
-from fipgeo.outputs import Geometry, embed
+from fipgeo.outputs import Geometry, embed, over_entries
 from fipgeo.trees import same_batch
 
 Weights = Mapping[str, Tensor]
+
+Mask = str | Callable[[Any], Tensor] | None
+"""Which positions of an example count: a function of the batch that returns `[n, T]`, the name of such an entry of the
+batch ("attention_mask"), or None for all. True or 1 counts, False or 0 does not."""
+
+PER = ("example", "position")
 
 
 @dataclass(frozen=True)
@@ -22,14 +28,16 @@ class Survey:
     """What one pass over the data found.
 
     Attributes:
-        rows: Embedded outputs of every batch, all examples together.
+        rows: Embedded outputs of every batch, all examples together, masked ones included (their rows are zero).
         examples: Examples of every batch.
         lost: Dimensions of all embedded outputs together along which they cannot change.
+        positions: Positions that count in every batch, where the metric is a mean over positions; else None.
     """
 
     rows: tuple[int, ...]
     examples: tuple[int, ...]
     lost: int = 0
+    positions: tuple[int, ...] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -41,25 +49,86 @@ class Survey:
         """N."""
         return sum(self.examples)
 
+    @property
+    def normaliser(self) -> int:
+        """What R^T R is divided by: the examples, or the positions that count, of the whole data."""
+        return self.num_examples if self.positions is None else sum(self.positions)
+
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedOutputs:
     """z = phi(F(theta)) on fixed inputs, flattened to `[N * M]`, batch after batch.
 
+    A mask `[n, T]` belongs to the output tensors `[n, T, ..., C]` that start with its axes; others, such as a pooled
+    output `[n, C]`, are not masked. Rows of masked positions are zero, so shapes do not depend on the mask, and no
+    product depends on how much padding a batch has.
+
     Attributes:
         map: The model as a function of weights and a batch.
         geometry: The embedding phi.
         batches: The inputs.
+        mask: Which positions count.
+        per: The metric is R^T R over the number of examples ("example"), or over the number of positions of the whole
+            data that count ("position"), so that a long sequence weighs more than a short one.
+
+    Raises:
+        TypeError: `mask` is neither a name nor callable.
+        ValueError: `per` is neither of the two.
     """
 
     map: OutputMap
     geometry: Geometry
     batches: Batches
+    mask: Mask = None
+    per: str = "example"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.per not in PER:
+            raise ValueError(f"per: got {self.per!r}, expected one of {', '.join(map(repr, PER))}")
+        if not (self.mask is None or isinstance(self.mask, str) or callable(self.mask)):
+            raise TypeError(
+                f"mask: got a {type(self.mask).__name__}, expected the name of an entry of the batch such as"
+                " 'attention_mask', or a function of the batch such as lambda batch: batch['ids'] != 0"
+            )
+
+    def over(self, batches: Batches) -> EmbeddedOutputs:
+        """The same on other inputs."""
+        return replace(self, batches=batches)
+
+    def inputs(self, batch: Any) -> Any:
+        """What the model gets of an element of `batches`."""
+        return batch
+
+    def embedded(self, outputs: tuple[Tensor, ...], batch: Any) -> Tensor:
+        """The rows of z `[n, M]` of one batch, from its outputs."""
+        return embed(self.geometry, outputs, self.masks(outputs, batch))
 
     def on(self, batch: Any) -> Callable[[Weights], Tensor]:
         """The function z on one batch, of named weights: dict to `[n * M]`; call it inside `map.frozen()`."""
         dtype = self.map.space.dtype
-        return lambda weights: embed(self.geometry, self.map.call(weights, batch)).reshape(-1).to(dtype)
+        inputs = self.inputs(batch)
+        return lambda weights: self.embedded(self.map.call(weights, inputs), batch).reshape(-1).to(dtype)
+
+    def masks(self, outputs: tuple[Tensor, ...], batch: Any) -> tuple[Tensor | None, ...]:
+        """For each output tensor which positions count, `[n, ...]`, or None where all do.
+
+        Raises:
+            ValueError: The batch has no such entry, or the mask fits none of the outputs.
+            TypeError: The mask is no tensor.
+        """
+        if self.mask is None:
+            return (None,) * len(outputs)
+        mask = self._mask_of(batch)
+        chosen = mask != 0
+        fits = [mask.dim() < f.dim() and f.shape[: mask.dim()] == mask.shape for f in outputs]
+        if mask.dim() < 2 or not any(fits):
+            shapes = " and ".join(str(list(f.shape)) for f in outputs)
+            raise ValueError(
+                f"mask: has shape {list(mask.shape)} and the outputs {shapes}; expected the examples and positions of"
+                " at least one output [n, T, ..., C], such as [n, T]; pass mask=lambda batch: ... that gives them"
+            )
+        return tuple(chosen.to(f.device) if fit else None for f, fit in zip(outputs, fits, strict=True))
 
     def outputs(self, theta: Tensor) -> Iterator[tuple[Any, tuple[Tensor, ...]]]:
         """Every batch with the outputs at theta.
@@ -68,7 +137,7 @@ class EmbeddedOutputs:
             OutputError: A batch is empty, or outputs are not finite.
         """
         for index, batch in enumerate(self.batches):
-            outputs = self.map(theta, batch)
+            outputs = self.map(theta, self.inputs(batch))
             if not all(len(f) for f in outputs):
                 raise OutputError(f"inputs: batch {index} holds 0 examples; expected at least one in every batch")
             if not all(bool(torch.isfinite(f).all()) for f in outputs):
@@ -78,21 +147,23 @@ class EmbeddedOutputs:
             yield batch, outputs
 
     def survey(self, theta: Tensor) -> Survey:
-        """Count rows and examples by one pass, after a look at the model's behaviour on the first batch.
+        """Count rows, examples and positions by one pass, after a look at the model's behaviour on the first batch.
 
         Raises:
-            ValueError: See `OutputMap.check`; or a batch is empty, two passes differ, or z is not finite.
+            ValueError: See `OutputMap.check`; or a batch is empty, two passes differ, z is not finite, or the mask
+                holds other values than 0 and 1 or leaves no position at all.
         """
         first = self.batches.first()
-        self.map.check(first, theta)
-        rows, examples, lost = [], [], 0
+        self.map.check(self.inputs(first), theta)
+        rows, examples, counted, lost = [], [], [], 0
         for index, (batch, outputs) in enumerate(self.outputs(theta)):
             if index == 0 and not same_batch(first, batch):
                 raise ValueError(
                     "inputs: two passes over the data gave different first batches; switch augmentation and private"
                     " randomness of the loader off, or pass list(loader) for one fixed draw"
                 )
-            z = embed(self.geometry, outputs)
+            self._check_mask(batch)
+            z = self.embedded(outputs, batch)
             if not bool(torch.isfinite(z).all()):
                 raise OutputError(
                     f"geometry: {self.geometry} is NaN or infinite at finite outputs of batch {index} (a direction"
@@ -100,7 +171,87 @@ class EmbeddedOutputs:
                 )
             rows.append(z.numel())
             examples.append(len(z))
-            lost += self.geometry.lost * sum(f.numel() // f.shape[-1] for f in outputs)
+            masks = self.masks(outputs, batch)
+            chosen = _counted(outputs, masks) if self.per == "position" else changeable(self.geometry, outputs, masks)
+            counted.append(int(chosen.sum()))
+            lost += self.lost(outputs, masks, z)
         if not rows:
             raise ValueError("inputs: a second pass over the data gave no batch; pass list(inputs) or a DataLoader")
-        return Survey(tuple(rows), tuple(examples), lost)
+        if not sum(counted):
+            raise ValueError("mask: no position of any batch counts; expected True or 1 where the outputs matter")
+        return Survey(tuple(rows), tuple(examples), lost, tuple(counted) if self.per == "position" else None)
+
+    def lost(self, outputs: tuple[Tensor, ...], masks: tuple[Tensor | None, ...], z: Tensor) -> int:
+        """Dimensions along which z `[n, M]` of one batch cannot change: those of the geometry, and masked positions."""
+        return z.numel() - int(changeable(self.geometry, outputs, masks).sum())
+
+    def _mask_of(self, batch: Any) -> Tensor:
+        inputs = self.inputs(batch)
+        assert self.mask is not None
+        mask = _entry(inputs, self.mask) if isinstance(self.mask, str) else self.mask(inputs)
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: gave a {type(mask).__name__}, expected a tensor [n, T] of booleans or of 0 and 1")
+        return mask
+
+    def _check_mask(self, batch: Any) -> None:
+        """Refuse masks to be added to attention scores, in which 0 counts and a large negative number does not."""
+        if self.mask is None:
+            return
+        mask = self._mask_of(batch)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                "mask: holds other values than 0 and 1; expected True or 1 at positions that count. A mask of the kind"
+                " that is added to attention scores needs mask=lambda batch: batch[...] == 0"
+            )
+
+
+def changeable(geometry: Geometry, outputs: tuple[Tensor, ...], masks: tuple[Tensor | None, ...]) -> Tensor:
+    """Dimensions along which the embedded outputs of every example can change, `[n]`: none at masked positions."""
+    total = torch.zeros(len(outputs[0]), dtype=torch.long, device=outputs[0].device)
+    for f, mask in zip(outputs, masks, strict=True):
+        width = geometry.embed(f.reshape(-1, f.shape[-1])[:1]).shape[-1]
+        total += (width - geometry.lost) * _valid(f, mask)
+    return total
+
+
+def _valid(f: Tensor, mask: Tensor | None) -> Tensor:
+    """Positions of an output `[n, ..., C]` that count, by example: `[n]`."""
+    chosen = torch.ones_like(f[..., 0], dtype=torch.bool) if mask is None else over_entries(mask, f[..., 0])
+    return chosen.expand_as(f[..., 0]).reshape(len(f), -1).sum(1)
+
+
+def _counted(outputs: tuple[Tensor, ...], masks: tuple[Tensor | None, ...]) -> Tensor:
+    """Positions that count in a batch by example, `[n]`: those of the mask, else those that all long outputs have.
+
+    Raises:
+        ValueError: No output has positions, or several have different ones.
+    """
+    for mask in masks:
+        if mask is not None:
+            return mask.reshape(len(mask), -1).sum(1)
+    shapes = {f.shape[1:-1] for f in outputs if f.dim() > 2}
+    if len(shapes) != 1:
+        what = f"outputs have positions {[list(shape) for shape in sorted(shapes)]}" if shapes else "no output has any"
+        raise ValueError(f"per: 'position' needs outputs [n, T, C] with one common T, but {what}; use per='example'")
+    return torch.full((len(outputs[0]),), shapes.pop().numel())
+
+
+def _entry(batch: Any, name: str) -> Tensor:
+    """The entry of a mapping batch, of the x of `(x, y)`, or the attribute of another kind of batch.
+
+    Raises:
+        ValueError: There is none; those that there are are listed.
+    """
+    if isinstance(batch, Mapping):
+        if name in batch:
+            return batch[name]
+        known = ", ".join(map(repr, batch))
+        raise ValueError(f"mask: the batch has no entry {name!r}; its entries are {known}")
+    if hasattr(batch, name) and not isinstance(batch, Tensor | list):
+        return getattr(batch, name)
+    if isinstance(batch, list | tuple) and batch:
+        return _entry(batch[0], name)
+    raise ValueError(
+        f"mask: got {name!r}, but the batch is a {type(batch).__name__}, which has no named entries; pass a mapping, or"
+        " mask=lambda batch: ... that makes the mask"
+    )
