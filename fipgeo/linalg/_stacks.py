@@ -40,21 +40,46 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def orthonormal_complement(block: Tensor, basis: Tensor) -> Tensor:
+def orthonormal_complement(block: Tensor, basis: Tensor, passes: int = 2) -> Tensor:
     """Orthonormal rows spanning `block` `[b, n]` outside the orthonormal rows of `basis` `[j, n]`.
 
-    Two passes of projection and QR, so that the answer is orthogonal to working precision even when little of
-    a row was left by the first pass. Rows that lie in the span (or are zero) are dropped: `[b', n]`, b' <= b.
+    The block is made orthonormal before every projection, so the last pass finds rows of length one and leaves
+    them orthogonal to working precision. Rows that lie in the span (or are zero) are dropped: `[b', n]`,
+    b' <= b. One pass is enough for a block that has been projected once. The device is waited for once a pass.
     """
-    floor = 100 * torch.finfo(block.dtype).eps
-    for _ in range(2):
-        lengths = norms(block)
-        usable = torch.isfinite(lengths) & (lengths > 0)
-        block = scaled(1 / lengths[usable], block[usable])
-        block = block - inner(block, basis).to(block.dtype) @ basis
-        q, r = torch.linalg.qr(block.T)
-        block = q.T[r.diagonal().abs() > floor]
-    return block
+    block, kept, _ = _orthonormal_rows(block, 0.0)
+    shortest, step = 1.0, 0
+    while step < passes or (shortest < 0.5 and step < passes + 2):  # what shrank must be projected again
+        block = torch.addmm(block, inner(block, basis).to(block.dtype), basis, alpha=-1)
+        block, alive, shortest = _orthonormal_rows(block, 100 * torch.finfo(block.dtype).eps)
+        kept, step = kept & alive, step + 1
+    return block if bool(kept.all()) else block[kept.to(block.device)]
+
+
+def _orthonormal_rows(block: Tensor, floor: float) -> tuple[Tensor, Tensor, float]:
+    """Orthonormal rows of the same span, which of them (on the host) were longer than `floor`, the least such length.
+
+    By a Cholesky factor of the small Gram matrix where the rows are well apart, else by Gram-Schmidt, twice each;
+    rows of which only rounding is left become zero.
+    """
+    gram = inner(block, block).cpu().double()
+    lengths = gram.diagonal().sqrt()
+    alive = torch.isfinite(lengths) & (lengths > floor)
+    if len(block) and bool(torch.isfinite(gram).all()) and bool(alive.all()):
+        cosines = gram / torch.outer(lengths, lengths)
+        if float(torch.linalg.eigvalsh(cosines)[0]) > 0.01:
+            inverse = torch.linalg.inv(torch.linalg.cholesky(cosines)) / lengths
+            return inverse.to(block.device, block.dtype) @ block, alive, float(lengths.min())
+    out = torch.zeros_like(block)
+    for i in alive.nonzero().squeeze(-1).tolist():
+        row = scaled(1 / norms(block[i : i + 1]), block[i : i + 1])
+        for _ in range(2):
+            row = torch.addmm(row, inner(row, out[:i]).to(row.dtype), out[:i], alpha=-1)
+        length = float(norms(row))
+        alive[i] = length > 100 * torch.finfo(block.dtype).eps
+        if alive[i]:
+            out[i] = row[0] / length
+    return out, alive, float(lengths[alive].min()) if bool(alive.any()) else 1.0
 
 
 def as_generator(generator: torch.Generator | int | None) -> torch.Generator:
