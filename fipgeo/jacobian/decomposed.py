@@ -287,7 +287,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     torch.native_batch_norm: _native_batch_norm,
     F.instance_norm: _f_instance_norm,
     torch.instance_norm: _instance_norm,
-    torch._weight_norm: _weight_norm,
+    torch._weight_norm: _weight_norm,  # type: ignore[reportPrivateImportUsage]
     F.glu: _glu,
     F.hardsigmoid: _hardsigmoid,
     F.embedding_bag: _embedding_bag,

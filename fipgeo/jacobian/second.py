@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +46,9 @@ Line = Callable[[Function, Weights, Weights, Weights], Taylor]
 
 def line_forward(f: Function, weights: Weights, v: Weights, w: Weights) -> Taylor:
     """By forward mode applied twice: one forward pass that carries both tangents and their product."""
-    (z, first), (_, second) = jvp(lambda p: jvp(f, (p,), (v,)), (weights,), (w,))
-    return Taylor(z, first, second)
+    with torch.enable_grad():  # no graph is kept; without it torch differentiates kernels that have no derivatives
+        (z, first), (_, second) = jvp(lambda p: jvp(f, (p,), (v,)), (weights,), (w,))[:2]
+    return Taylor(z.detach(), first.detach(), second.detach())
 
 
 def line_reverse(f: Function, weights: Weights, v: Weights, w: Weights) -> Taylor:
@@ -205,7 +206,10 @@ class SecondOrder:
             w: The other directions of z'', shaped like v or `[D]`; v itself when None.
         """
         theta, v = self._checked("theta", theta, stacks=False), self._checked("v", v)
-        other = v if w is None else self._checked("w", w).expand_as(v)
+        other = v if w is None else self._checked("w", w)
+        if other.dim() > 1 and other.shape != v.shape:
+            raise ValueError(f"w: got shape {list(other.shape)}, expected [{v.shape[-1]}] or {list(v.shape)}")
+        other = other.expand_as(v)
         map_ = self.function.map
         weights = map_.named(theta)
         stack = map_.named(v.reshape(-1, v.shape[-1]))
@@ -226,10 +230,11 @@ class SecondOrder:
         count = len(next(iter(v.values())))
         if count > 1 and self.vectorised and self.route == "forward":
             try:
+                mapped: Callable[..., Any] = vectorised
                 if v is w:
-                    found = vectorised(lambda a: self._line(f, weights, a, a), self.chunk)(v)
+                    found = mapped(lambda a: self._line(f, weights, a, a), self.chunk)(v)
                 else:
-                    found = vectorised(lambda pair: self._line(f, weights, *pair), self.chunk)((v, w))
+                    found = mapped(lambda pair: self._line(f, weights, *pair), self.chunk)((v, w))
                 return Taylor(found[0][0], *found[1:])
             except (RuntimeError, ValueError) as error:
                 log.info("directions are taken one at a time, since the model cannot be vectorised: %s", error)

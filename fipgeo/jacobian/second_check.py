@@ -27,7 +27,7 @@ class SecondDerivativeGap:
     """How far z''[v, v] is from differences of z'[v].
 
     Attributes:
-        gap: |found - difference| / |difference| over the outputs without a kink, the smaller of both steps.
+        gap: |found - difference| over the larger norm, outputs with a kink left out; the smaller of both steps.
         gaps: The same over all outputs, one number a step.
         kinked: Share of the outputs whose differences disagree between the steps: z' jumps nearby (a ReLU or a maximum
             changes sides), and a difference measures the jump, not z''.
@@ -164,4 +164,4 @@ def _double(tree: Any) -> Any:
 
 
 def _widened(function: EmbeddedOutputs) -> EmbeddedOutputs:
-    return EmbeddedOutputs(_Wide(function.map), function.geometry, function.batches)
+    return replace(function, map=_Wide(function.map))
