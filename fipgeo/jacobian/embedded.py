@@ -172,18 +172,18 @@ class EmbeddedOutputs:
             rows.append(z.numel())
             examples.append(len(z))
             masks = self.masks(outputs, batch)
-            chosen = _counted(outputs, masks) if self.per == "position" else changeable(self.geometry, outputs, masks)
-            counted.append(int(chosen.sum()))
-            lost += self.lost(outputs, masks, z)
+            free = int(self.changes(outputs, masks).sum())
+            counted.append(int(_counted(outputs, masks).sum()) if self.per == "position" else free)
+            lost += z.numel() - free
         if not rows:
             raise ValueError("inputs: a second pass over the data gave no batch; pass list(inputs) or a DataLoader")
         if not sum(counted):
             raise ValueError("mask: no position of any batch counts; expected True or 1 where the outputs matter")
         return Survey(tuple(rows), tuple(examples), lost, tuple(counted) if self.per == "position" else None)
 
-    def lost(self, outputs: tuple[Tensor, ...], masks: tuple[Tensor | None, ...], z: Tensor) -> int:
-        """Dimensions along which z `[n, M]` of one batch cannot change: those of the geometry, and masked positions."""
-        return z.numel() - int(changeable(self.geometry, outputs, masks).sum())
+    def changes(self, outputs: tuple[Tensor, ...], masks: tuple[Tensor | None, ...]) -> Tensor:
+        """Dimensions along which the rows of every example can change, `[n]`; none of them at masked positions."""
+        return changeable(self.geometry, outputs, masks)
 
     def _mask_of(self, batch: Any) -> Tensor:
         inputs = self.inputs(batch)
@@ -205,12 +205,14 @@ class EmbeddedOutputs:
             )
 
 
-def changeable(geometry: Geometry, outputs: tuple[Tensor, ...], masks: tuple[Tensor | None, ...]) -> Tensor:
-    """Dimensions along which the embedded outputs of every example can change, `[n]`: none at masked positions."""
+def changeable(
+    geometry: Geometry, outputs: tuple[Tensor, ...], masks: tuple[Tensor | None, ...], most: int | None = None
+) -> Tensor:
+    """Dimensions along which embedded outputs can change, by example `[n]`; `most` bounds those of one position."""
     total = torch.zeros(len(outputs[0]), dtype=torch.long, device=outputs[0].device)
     for f, mask in zip(outputs, masks, strict=True):
-        width = geometry.embed(f.reshape(-1, f.shape[-1])[:1]).shape[-1]
-        total += (width - geometry.lost) * _valid(f, mask)
+        width = geometry.embed(f.reshape(-1, f.shape[-1])[:1]).shape[-1] - geometry.lost
+        total += (width if most is None else min(width, most)) * _valid(f, mask)
     return total
 
 
