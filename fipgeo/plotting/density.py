@@ -213,10 +213,10 @@ def _count(number: float) -> str:
 
 
 def _fit(ax: Axes, first: bool) -> None:
-    """Heights from a third of an eigenvalue per decade up; the smoothed tails below say nothing."""
-    ax.relim()
-    ax.autoscale(axis="y")
-    heights = [line.get_ydata() for line in ax.lines if line.get_gid() in (_CURVE, _EXACT)]
-    top = max((np.nanmax(part, initial=1.0) for part in map(np.asarray, heights)), default=1.0)
-    bottom = 0.3 if first else min(0.3, ax.get_ylim()[0] if ax.get_ylim()[0] > 0.05 else 0.3)
-    ax.set_ylim(bottom, 4 * top)
+    """Heights from a third of an eigenvalue per decade up (smoothed tails below say nothing), room for the legend."""
+    lines = [line for line in ax.lines if line.get_gid() in (_CURVE, _EXACT)]
+    heights = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in lines] + [np.ones(1)])
+    named = sum(not str(line.get_label()).startswith("_") for line in lines)
+    bottom = 0.3 if first else min(0.3, ax.get_ylim()[0])
+    decades = np.log10(2 * np.nanmax(heights) / bottom)
+    ax.set_ylim(bottom, bottom * 10 ** (decades / (1 - min(0.5, 0.08 * named))))
