@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
+from fipgeo.jacobian.graphs import Function, Graph, add_into, push_dual
 from fipgeo.linalg import LinearOperator
 from fipgeo.model import NotFiniteError
 
 log = logging.getLogger(__name__)
 
-Function = Callable[[Weights], Tensor]
 Pull = Callable[[Tensor], tuple[Weights]]
 Push = Callable[[Function, Weights, Weights], Tensor]
 
@@ -52,99 +53,153 @@ def push_transposed(f: Function, weights: Weights, tangent: Weights) -> Tensor:
 
 
 class AutodiffRoot(LinearOperator):
-    """R = dz/dtheta at a point, as an operator `[N * M, D]`; every product passes over the data once.
+    """R = dz/dtheta at a point, as an operator `[N * M, D]`; every stack of vectors passes over the data once.
 
-    R v costs about 3 forward passes a vector, R^T u as much, and R^T R v (`normal`) both, batch by batch in the same
-    pass. Stacks are vectorised in chunks.
+    R v and R^T u cost about 3 forward passes a vector. R^T R v (`normal`) costs about 5 for one vector, whose halves
+    share a forward pass, and 5 a vector in stacks, where it is shared by all. Stacks of small problems are vectorised,
+    a few vectors at once; the time per vector hardly changes between 4 and 16 at once, memory does.
 
     Args:
         function: z on fixed inputs.
         theta: The point, `[D]`.
         survey: Rows and examples of every batch.
-        chunk: Vectors differentiated at once; memory grows with it.
+        chunk: Most vectors differentiated at once.
+        max_bytes: Memory for what vectors that are differentiated at once need on top of a single one.
+
+    Attributes:
+        push: How tangents are pushed forward, `push_forward` or `push_transposed`.
+        graph_bytes: What a backward pass through the first batch keeps.
+        at_once: Vectors differentiated at once.
 
     Raises:
+        ValueError: chunk is less than 1.
         NotImplementedError: A module of the model has no derivative rule; it is named.
     """
 
-    def __init__(self, function: EmbeddedOutputs, theta: Tensor, survey: Survey, *, chunk: int = 8) -> None:
+    def __init__(
+        self, function: EmbeddedOutputs, theta: Tensor, survey: Survey, *, chunk: int = 8, max_bytes: int = 2**30
+    ) -> None:
         super().__init__((survey.num_rows, len(theta)), dtype=theta.dtype, device=theta.device)
-        self.function, self.survey, self.chunk = function, survey, chunk
-        self.weights = function.map.named(theta)
-        self.push, self.vectorised = self._preflight()
+        if chunk < 1:
+            raise ValueError(f"chunk: got {chunk}, expected at least 1 vector")
+        self.function, self.survey, self.chunk, self.max_bytes = function, survey, chunk, max_bytes
+        with torch.inference_mode(False):
+            self.weights = function.map.named(_recordable(theta))
+        self.push, self.graph_bytes = self._preflight()
+        largest = self.graph_bytes * max(survey.rows) // survey.rows[0]
+        self.at_once = max(min(chunk, max_bytes // (largest + len(theta) * theta.element_size() + 1)), 1)
+        # tangents that keep a graph of their own while both halves share a forward pass take about twice that
+        self._share = self.push is push_forward and 3 * largest <= max_bytes
+
+    @cached_property
+    def vectorised(self) -> bool:
+        """Whether the model takes several tangents and cotangents at once; tried when a stack first comes."""
+        f = self.function.on(self.function.batches.first())
+        two = {n: t.new_zeros(2, *t.shape) for n, t in self.weights.items()}
+        with self.function.map.frozen():
+            try:
+                vectorised(lambda t: self.push(f, self.weights, t))(two)
+                z, pull = pull_back(f, self.weights)
+                vectorised(lambda u: pull(u)[0])(z.new_zeros(2, *z.shape))
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                log.info("products are taken one vector at a time, since the model cannot be vectorised: %s", error)
+                return False
+        return True
 
     def _apply(self, x: Tensor) -> Tensor:
+        at_once = self._width(x)
         with self.function.map.frozen():
-            return torch.cat([self._forward(self.function.on(b), x) for b in self.function.batches], -1)
+            x = _recordable(x)
+            return torch.cat([self._forward(self.function.on(b), x, at_once) for b in self.function.batches], -1)
 
     def _adjoint(self, y: Tensor) -> Tensor:
+        at_once = self._width(y)
         with self.function.map.frozen():
             out = torch.zeros(len(y), self.shape[1], dtype=self.dtype, device=self.device)
-            parts = y.split(self.survey.rows, -1)
+            parts = _recordable(y).split(self.survey.rows, -1)
             for batch, part in zip(self.function.batches, parts, strict=True):
-                out += self._backward(pull_back(self.function.on(batch), self.weights)[1], part)
+                self._backward(self.function.on(batch), part, out, at_once)
         return out
 
     def _normal(self, x: Tensor) -> Tensor:
+        at_once = self._width(x)
         with self.function.map.frozen():
+            x = _recordable(x)
             out = torch.zeros(len(x), self.shape[1], dtype=self.dtype, device=self.device)
             for batch in self.function.batches:
                 f = self.function.on(batch)
-                out += self._backward(pull_back(f, self.weights)[1], self._forward(f, x))
+                if len(x) == 1 and self._share:
+                    graph = Graph(f, self.weights, self.function.map.named(x[0]))
+                    assert graph.pushed is not None
+                    add_into(self.function.map.space.unravel(out[0]), graph.pull(graph.pushed, keep=False))
+                else:
+                    self._backward(f, self._forward(f, x, at_once), out, at_once)
         return out
 
-    def _forward(self, f: Function, x: Tensor) -> Tensor:
-        """J x for one batch: `[k, D]` to `[k, rows]`."""
-        return self._stacked(lambda t: self.push(f, self.weights, t), self.function.map.named(x), len(x))
+    def _width(self, stack: Tensor) -> int:
+        """How many vectors of a stack are differentiated at once."""
+        return self.at_once if min(len(stack), self.at_once) > 1 and self.vectorised else 1
 
-    def _backward(self, pull: Pull, y: Tensor) -> Tensor:
-        """J^T y for one batch: `[k, rows]` to `[k, D]`."""
-        space = self.function.map.space
-        return self._stacked(lambda u: space.ravel(pull(u)[0]), y, len(y))
+    def _forward(self, f: Function, x: Tensor, at_once: int) -> Tensor:
+        """J x for one batch: `[k, D]` to `[k, rows]`; parts of x are looked at, never copied."""
+        named = self.function.map.named
+        if at_once > 1:
+            push = vectorised(lambda t: self.push(f, self.weights, t))
+            return torch.cat([push(named(part)) for part in x.split(at_once)])
+        single = push_dual if self.push is push_forward else self.push
+        return torch.stack([single(f, self.weights, named(v)) for v in x])
 
-    def _stacked(self, product: Callable, stack, count: int) -> Tensor:
-        """A product on every vector of a stack (a tensor or a dict of tensors with the stack axis first)."""
-        if count > 1 and self.vectorised:
-            return vectorised(product, self.chunk)(stack)
-        item = (lambda i: {n: t[i] for n, t in stack.items()}) if isinstance(stack, dict) else (lambda i: stack[i])
-        return torch.stack([product(item(i)) for i in range(count)])
+    def _backward(self, f: Function, y: Tensor, out: Tensor, at_once: int) -> None:
+        """Add J^T y for one batch, y `[k, rows]`, to out `[k, D]`."""
+        views = self.function.map.space.unravel(out)
+        if at_once > 1:
+            pull = pull_back(f, self.weights)[1]
+            pull_all = vectorised(lambda u: pull(u)[0])
+            for start in range(0, len(y), at_once):
+                rows = slice(start, start + at_once)
+                add_into({n: view[rows] for n, view in views.items()}, pull_all(y[rows]).values())
+            return
+        graph = Graph(f, self.weights)
+        for i, u in enumerate(y):
+            add_into({n: view[i] for n, view in views.items()}, graph.pull(u, keep=i + 1 < len(y)))
 
-    def _check_finite(self, gradient: Weights) -> None:
-        bad = [name for name, t in gradient.items() if not bool(torch.isfinite(t).all())]
+    def _check_finite(self, gradient: Iterable[Tensor | None]) -> None:
+        pairs = zip(self.weights, gradient, strict=True)
+        bad = [name for name, t in pairs if t is not None and not bool(torch.isfinite(t).all())]
         if bad:
             raise NotFiniteError(
                 f"model: its outputs are finite, their derivative is not (first in {bad[0]}); look for a square root,"
                 " a norm or a division at zero in the forward"
             )
 
-    def _preflight(self) -> tuple[Push, bool]:
-        """The first way to push tangents forward that works on the first batch, and whether it can be vectorised."""
+    def _preflight(self) -> tuple[Push, int]:
+        """The first way to push tangents forward that works on the first batch, and the bytes of its graph."""
         function = self.function
         f = function.on(function.batches.first())
-        two = {n: t.new_zeros(2, *t.shape) for n, t in self.weights.items()}
-        one = {n: t[0] for n, t in two.items()}
+        zero = {n: torch.zeros_like(t) for n, t in self.weights.items()}
         first_error: Exception | None = None
         with function.map.frozen():
             for push in (push_forward, push_transposed):
                 try:
-                    push(f, self.weights, one)
+                    push(f, self.weights, zero)
+                    graph = Graph(f, self.weights)
+                    num_bytes = sum(graph.storages().values())
+                    gradient = graph.pull(torch.ones_like(graph.z), keep=False)
                 except (RuntimeError, NotImplementedError) as error:
                     first_error = first_error or error
                     continue
-                try:
-                    vectorised(lambda t, push=push: push(f, self.weights, t))(two)
-                    z, pull = pull_back(f, self.weights)
-                    vectorised(lambda u, pull=pull: function.map.space.ravel(pull(u)[0]))(z.new_zeros(2, *z.shape))
-                except (RuntimeError, NotImplementedError, ValueError) as error:
-                    log.info("products are taken one vector at a time, since the model cannot be vectorised: %s", error)
-                    return push, False
-                self._check_finite(pull(torch.ones_like(z))[0])
-                return push, True
-            name = _last_module(function, lambda: push_forward(f, self.weights, one))
+                self._check_finite(gradient)
+                return push, num_bytes
+            name = _last_module(function, lambda: push_forward(f, self.weights, zero))
         raise NotImplementedError(
             f"model: {name} has no derivative rule for Jacobian-vector products ({first_error}); replace it by a"
             " differentiable module or leave it out of the forward"
         )
+
+
+def _recordable(t: Tensor) -> Tensor:
+    """The tensor itself, or a copy that autograd takes if it was made in inference mode; to be called outside."""
+    return t.clone() if t.is_inference() else t
 
 
 def _last_module(function: EmbeddedOutputs, run: Callable[[], object]) -> str:
