@@ -181,3 +181,36 @@ def test_scales_are_positive(value: float) -> None:
 def test_one_logit_is_not_enough(geometry: Geometry, remedy: str) -> None:
     with pytest.raises(ValueError, match=f"needs at least two .* on the last axis, got 1; use geometry={remedy}"):
         geometry.embed(torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("geometry", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_vocabularies_and_large_logits(geometry: Geometry, dtype: torch.dtype) -> None:
+    f = draw(0, 2, 5000, scale=20.0).to(dtype)
+    expected = geometry.embed(f.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert bool(((geometry.embed(f) - expected).abs() <= tolerance * (expected.abs() + expected.abs().max())).all())
+
+
+@given(seed=SEEDS)
+def test_the_categorical_root_is_the_sum_over_classes(seed: int) -> None:
+    f = draw(seed, 6, scale=3.0)
+    slope = torch.autograd.functional.jacobian(Categorical().embed, f)
+    assert isinstance(slope, Tensor)
+    scores = [torch.autograd.functional.jacobian(lambda g, y=y: torch.log_softmax(g, 0)[y], f) for y in range(6)]
+    p = torch.softmax(f, 0)
+    total = sum(float(p[y]) * torch.outer(u, u) for y, u in enumerate(scores) if isinstance(u, Tensor))
+    assert isinstance(total, Tensor)
+    assert oracles.relative(slope.T @ slope, total) < 1e-12
+
+
+def test_masked_positions_are_zero_rows_without_slope() -> None:
+    f = draw(0, 2, 3, 4)
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    padded = torch.where(mask[..., None], f, torch.nan)
+    for geometry in KINDS:
+        z = embed(geometry, (padded,), [mask]).reshape(2, 3, 4)
+        assert torch.equal(z[mask], geometry.embed(f[mask])) and bool((z[~mask] == 0).all())
+        slope = torch.autograd.functional.jacobian(lambda g, a=geometry: embed(a, (g,), [mask]), padded)
+        assert isinstance(slope, Tensor) and bool(torch.isfinite(slope).all())
+        assert bool((slope.reshape(-1, 2, 3, 4)[:, ~mask] == 0).all())

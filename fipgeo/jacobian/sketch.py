@@ -34,6 +34,9 @@ from fipgeo.outputs import Bernoulli, Categorical, Geometry, as_geometry, positi
 BLOCK = 2**23
 """Probabilities that are in memory at once, in float64, while labels are drawn."""
 
+STACK = 16
+"""Products with R^T that are taken at once."""
+
 ROWS = ("example", "position")
 
 
@@ -291,8 +294,11 @@ def sketch_trace(metric: Any, *, generator: Generator = None) -> Estimate:
     own = as_generator(generator)
     signs = torch.randint(2, (size,), generator=own, device=own.device).to(root.device) * 2 - 1
     sample = torch.arange(size, device=root.device) % count
-    values = torch.stack([root.adjoint((signs * (sample == s)).to(root.dtype)).double().norm() for s in range(count)])
-    samples = values.square() * (count / root.survey.normaliser)
+    norms = []
+    for which in torch.arange(count, device=root.device).split(STACK):
+        stack = (signs * (sample == which[:, None])).to(root.dtype)
+        norms.append(root.adjoint(stack).double().norm(dim=-1))
+    samples = torch.cat(norms).square() * (count / root.survey.normaliser)
     error = float(samples.std()) / count**0.5 if count > 1 else math.nan
     return Estimate(float(samples.mean()), error, count)
 
@@ -334,7 +340,7 @@ def _mixed(x: Tensor) -> Tensor:
 def _keys(seed: int, leaf: int, index: Tensor) -> Tensor:
     """One word for each example `[n]` and output tensor."""
     word = _mixed(torch.tensor(_signed(seed), device=index.device) * _STEP + _STEP)
-    return _mixed(_mixed(word + leaf * _STEP) + index * _STEP)
+    return _mixed(_mixed(word + _signed(leaf * _STEP)) + index * _STEP)
 
 
 def _uniforms(keys: Tensor, count: int, num_samples: int) -> Tensor:
@@ -365,7 +371,7 @@ def _signed_sums(phi: Tensor, keys: Tensor, num_samples: int) -> Tensor:
     place = torch.arange(shape[0], device=device)[:, None] * 2**32 + torch.arange(shape[1], device=device)
     sums = []
     for first in range(0, num_samples, 32):
-        words = _mixed(_mixed(keys + first * _STEP)[:, None, None] + (place + 1) * _STEP)
+        words = _mixed(_mixed(keys + _signed(first * _STEP))[:, None, None] + (place + 1) * _STEP)
         for bit in range(min(32, num_samples - first)):
             positive = torch.bitwise_and(words >> bit, 1).bool()
             sums.append(torch.where(positive, flat, -flat).sum(-1))
