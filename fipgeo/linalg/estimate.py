@@ -236,9 +236,9 @@ def _xdiag(operator: LinearOperator, p: int, generator: torch.Generator) -> Tens
     for start in range(0, n, step):
         columns = slice(start, start + step)
         value[columns], error[columns] = _leave_out.xdiag(sketch, columns, omega, z)
-    rounding = 2 * torch.finfo(operator.dtype).eps * norms(z).square().sum().sqrt()
-    rows = dots(sketch.q.T, sketch.q.T).sqrt()  # entry i of Q Q^T A is as accurate as row i of Q is long
-    return _entries(value, error + (rounding * rows).to(error.dtype), m, used)
+    q, size = sketch.q, norms(z).square().sum().sqrt()
+    rounding = norms(q.T) * size + norms(z.T) * len(q) ** 0.5  # entry i of Q^T Z, from errors of either factor
+    return _entries(value, error + (4 * torch.finfo(operator.dtype).eps * rounding).to(error.dtype), m, used)
 
 
 def _products(product: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:

@@ -182,7 +182,9 @@ def test_low_rank_diagonals_are_exact_and_say_so(seed: int, rank: int, symmetric
     found = diagonal(Dense(left.T @ right, symmetric=symmetric), num_products=24, generator=seed)
     exact = (left * right).sum(0)
     assert torch.allclose(found.value, exact, atol=1e-11)
-    assert bool((found.std_error < 1e-11).all()) and bool(((found.value - exact).abs() <= 6 * found.std_error).all())
+    assert bool((found.std_error < 1e-11).all()) and bool(
+        ((found.value - exact).abs() <= 6 * found.std_error + 1e-14).all()
+    )
 
 
 @given(seed=st.integers(0, 2**20), method=st.sampled_from(TRACES), power=st.integers(-60, 60))
