@@ -93,7 +93,11 @@ class EmbeddedOutputs:
             )
 
     def over(self, batches: Batches) -> EmbeddedOutputs:
-        """The same on other inputs."""
+        """The same on other elements of the kind that `batches` has: pieces of them, or some of them."""
+        return replace(self, batches=batches)
+
+    def renewed(self, batches: Batches) -> EmbeddedOutputs:
+        """The same model, geometry and mask on the user's other inputs; nothing that belonged to the old ones stays."""
         return replace(self, batches=batches)
 
     def inputs(self, batch: Any) -> Any:

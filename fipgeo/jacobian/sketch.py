@@ -183,8 +183,8 @@ class SketchedOutputs(EmbeddedOutputs):
     makes an independent, unbiased estimate of the metric.
     """
 
-    def over(self, batches: Batches) -> EmbeddedOutputs:
-        """The same geometry on other inputs, for which nothing is drawn yet."""
+    def renewed(self, batches: Batches) -> EmbeddedOutputs:
+        """The same geometry on the user's other inputs, for which nothing is drawn yet."""
         return EmbeddedOutputs(self.map, self.geometry, batches, self.mask, self.per)
 
     def inputs(self, batch: Any) -> Any:

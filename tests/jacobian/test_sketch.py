@@ -210,7 +210,7 @@ def test_draws_depend_on_the_seed_and_stay_at_the_point() -> None:
     assert drawn(before, zero.theta) is before
     plain = EmbeddedOutputs(before.map, Logits(), as_batches(x))
     assert drawn(plain, zero.theta) is plain
-    fresh = before.over(as_batches(x))
+    fresh = before.renewed(as_batches(x))
     assert type(fresh) is EmbeddedOutputs
     redrawn = JacobianRoot(drawn(fresh, zero.theta), zero.theta, engine="autodiff")
     assert oracles.relative(redrawn.to_dense(), zero.to_dense()) < 1e-12
@@ -284,6 +284,8 @@ def test_paired_batches_can_be_held_split_and_shuffled() -> None:
     batches = root_of(module, cut(x, 2, 2, 1), Sketched(num_samples=2)).function.batches
     whole = next(iter(batches.hold()))
     assert torch.equal(whole[0], x[:2]) and whole[1][0].shape == (2, 4, 2)
+    pieces = root_of(module, x, Sketched(num_samples=2)).function.over(batches.hold())
+    assert type(pieces) is SketchedOutputs and pieces.survey(OutputMap(module).point()).rows == (4, 4, 2)
     left, right = batches.split(0.4, 0)
     assert sum(len(b[0]) for b in left) == 3 and sum(len(b[1][0]) for b in right) == 2
     assert sum(len(b[0]) for b in batches.shuffled(1)) == 5
