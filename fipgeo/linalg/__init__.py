@@ -11,12 +11,13 @@ from fipgeo.linalg.estimate import diagonal, trace
 from fipgeo.linalg.factor import DualFactor, cholesky, woodbury
 from fipgeo.linalg.krylov import lanczos
 from fipgeo.linalg.nodes import Dense, Diagonal, Function, Gram, Identity, Stack, from_scipy
+from fipgeo.linalg.nystrom import LowRank, nystrom
 from fipgeo.linalg.operator import Adjoint, LinearOperator, Product, Scaled, Sum
 from fipgeo.linalg.probes import adjoint_gap, dense_gap, psd_gap, symmetry_gap
 from fipgeo.linalg.quadrature import lanczos_density
 from fipgeo.linalg.result import Estimate, Outcome, Solution, SolveError, Spectrum, TensorEstimate
 from fipgeo.linalg.solve import cg, lsmr
-from fipgeo.linalg.spectrum import dense_eigh, dual_eigh
+from fipgeo.linalg.spectrum import dense_eigh, dual_eigh, root_lanczos
 
 __all__ = [
     "Adjoint",
@@ -29,6 +30,7 @@ __all__ = [
     "Gram",
     "Identity",
     "LinearOperator",
+    "LowRank",
     "Outcome",
     "Product",
     "Scaled",
@@ -50,9 +52,11 @@ __all__ = [
     "lanczos",
     "lanczos_density",
     "lsmr",
+    "nystrom",
     "overlap",
     "principal_angles",
     "psd_gap",
+    "root_lanczos",
     "symmetry_gap",
     "trace",
     "woodbury",

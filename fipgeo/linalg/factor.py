@@ -1,16 +1,20 @@
 """Direct solves: dense Cholesky, and the dual route through the m x m Gram matrix of a short root."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fipgeo.linalg._stacks import norms, wide
-from fipgeo.linalg._system import System, as_rows, ratio, tolerance
+from fipgeo.linalg._precision import widened
+from fipgeo.linalg._refine import refined
+from fipgeo.linalg._stacks import wide
+from fipgeo.linalg._system import Damping, System, as_rows
 from fipgeo.linalg.nodes import Gram
 from fipgeo.linalg.operator import LinearOperator
 from fipgeo.linalg.result import Outcome, Solution
 
+_MANY = 8  # Cholesky factorisations that cost less than one eigen-decomposition
 _SHORT = "expected m x m, the inner products R R^T of the root's rows, without scale or damping"
 
 
@@ -61,7 +65,7 @@ def cholesky(
     def inverse(b: Tensor) -> Tensor:
         return torch.cholesky_solve(b.to(factor.dtype).T, factor).T.to(b.dtype)
 
-    return _refined(system, inverse, rtol, refine=1)
+    return refined(system, lambda b, rows: inverse(b), rtol, refine=1)
 
 
 @torch.no_grad()
@@ -69,10 +73,10 @@ def woodbury(
     root: LinearOperator,
     rhs: Tensor,
     *,
-    damping: float,
+    damping: Damping,
     scale: float = 1.0,
     gram: Tensor | None = None,
-    refine: int = 1,
+    refine: int = 5,
     rtol: float | None = None,
 ) -> Solution:
     """`(scale R^T R + damping I) x = b` through the Gram matrix `K = R R^T` of a short root.
@@ -81,13 +85,13 @@ def woodbury(
 
         x = (b - R^T (K + damping / scale)^{-1} R b) / damping
 
-    The difference cancels like `lambda_max / damping`, so a few digits are lost; a refinement with a true
-    product squares that loss away. For several dampings take `DualFactor`, which decomposes K once for all.
+    The difference cancels like `lambda_max / damping`, so a few digits are lost; refinements with true products
+    square that loss away. For more solves with one root keep a `DualFactor`.
 
     Args:
         root: R, shape `(m, n)`, m up to some thousands.
-        rhs: b, `[..., n]`.
-        damping: positive.
+        rhs: b, `[..., n]`; see `DualFactor.solve` for float64 with a root in lower precision.
+        damping: positive; a list or tensor `[p]` solves for each.
         scale: factor of `R^T R`, not negative.
         gram: K, `[m, m]`, if it is known; None computes `root.gram()`.
         refine: most refinements; each costs a normal, a forward and an adjoint product for a right-hand side.
@@ -109,36 +113,34 @@ def woodbury(
         tensor([1., 1., 0.])
     """
     system = System(Gram(root, scale), rhs, damping)
-    _require_positive(damping)
+    _require_positive(system.dampings)
     dual = _dual_gram(root, gram)
-    system.num_products += min(root.shape) if gram is None else 0
-    dual = scale * dual
-    dual.diagonal().add_(damping)
-    factor, info = torch.linalg.cholesky_ex(dual)
-    if int(info):
-        return _failed(system, Outcome.BREAKDOWN if bool(torch.isfinite(dual).all()) else Outcome.NOT_FINITE)
-    return _refined(
-        system,
-        _dual_inverse(system, root, scale, lambda y: torch.cholesky_solve(y.T, factor).T),
-        rtol,
-        refine,
-    )
+    spent = min(root.shape) if gram is None else 0
+    factors = [_cholesky(scale * dual, number) for number in system.dampings]
+    known = [factor for factor in factors if factor is not None]
+    if len(known) < len(factors):
+        outcome = Outcome.BREAKDOWN if bool(torch.isfinite(dual).all()) else Outcome.NOT_FINITE
+        return replace(_failed(system, outcome), num_products=spent)
+    inverses = [lambda y, factor=factor: _cholesky_solve(y, factor) for factor in known]
+    found = refined(system, _dual_inverse(system, root, scale, inverses), rtol, refine)
+    return replace(found, num_products=found.num_products + spent)
 
 
 class DualFactor:
-    """`scale R^T R` through the eigen-decomposition of `K = R R^T`, made once in float64.
+    """`scale R^T R` through its Gram matrix `K = R R^T`, factored for any damping.
 
-    Then a solve with any damping, and the projection on the null space of R, cost a few products each.
+    The first few dampings get a Cholesky factorisation each, `m^3 / 3` operations. The eigen-decomposition, some
+    25 times that, is made once it is asked for (`eigenvalues`, `vectors`, `null_project`) or more than 8 dampings
+    have come; from then on a further damping costs nothing.
 
     Args:
         root: R, shape `(m, n)`, m up to some thousands.
         gram: K, `[m, m]`, if it is known; None computes `root.gram()`.
         scale: factor of `R^T R`, not negative.
+        dtype: precision of the factorisations; None for float64. float32 takes half the time and memory, and
+            refinement makes up for it unless damping is below about `1e-6 m lambda_max`.
 
     Attributes:
-        eigenvalues: the `min(m, n)` largest of `scale R^T R`, descending, float64, not negative. All others
-            are zero.
-        vectors: the eigenvectors u of K, `[m, m]`, one a row, in the order of the eigenvalues.
         operator: `scale R^T R`.
         num_products: products spent on K.
 
@@ -148,48 +150,93 @@ class DualFactor:
     Example:
         >>> from fipgeo.linalg import Dense
         >>> factor = DualFactor(Dense(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])))
-        >>> factor.eigenvalues.tolist()
-        [4.0, 1.0]
         >>> factor.solve(torch.tensor([5.0, 2.0, 1.0]), damping=1.0).value
         tensor([1., 1., 1.])
+        >>> factor.eigenvalues.tolist()
+        [4.0, 1.0]
         >>> factor.null_project(torch.tensor([5.0, 2.0, 1.0]))
         tensor([0., 0., 1.])
     """
 
     @torch.no_grad()
-    def __init__(self, root: LinearOperator, gram: Tensor | None = None, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        root: LinearOperator,
+        gram: Tensor | None = None,
+        scale: float = 1.0,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.root, self.scale, self.operator = root, float(scale), Gram(root, scale)
         dual = _dual_gram(root, gram)
         if not bool(torch.isfinite(dual).all()):
             raise ValueError("gram (R R^T) has entries that are not finite; check the root's products")
         self.num_products = min(root.shape) if gram is None else 0
-        values, vectors = torch.linalg.eigh((dual + dual.T) / 2)
-        self._values, self.vectors = values.flip(0).clamp(min=0), vectors.flip(1).T
-        self.eigenvalues = scale * self._values[: min(root.shape)]
+        self._dual = ((dual + dual.T) / 2).to(dtype or dual.dtype)
+        self._eigen: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[float, Tensor] | None = None
+        self._num_factored = 0
+
+    @property
+    def vectors(self) -> Tensor:
+        """The eigenvectors u of K, `[m, m]`, one a row, in the order of the eigenvalues."""
+        return self._decomposed()[1]
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """The `min(m, n)` largest of `scale R^T R`, descending, not negative; all others are zero."""
+        return self.scale * self._decomposed()[0][: min(self.root.shape)]
 
     @torch.no_grad()
-    def solve(self, rhs: Tensor, damping: float, *, rtol: float | None = None, refine: int = 2) -> Solution:
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        if self._eigen is None:
+            values, vectors = torch.linalg.eigh(self._dual)
+            self._eigen, self._last = (values.flip(0).clamp(min=0), vectors.flip(1).T), None
+        return self._eigen
+
+    def _inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """`y -> (scale K + damping)^{-1} y` on stacks `[k, m]`."""
+        if self._eigen is None:
+            if self._last is None or self._last[0] != damping:
+                factor = _cholesky(self.scale * self._dual, damping)
+                self._num_factored += 1
+                self._last = None if factor is None else (damping, factor)
+            if self._last is not None:
+                factor = self._last[1]
+                return lambda y: _cholesky_solve(y, factor)
+        values, vectors = self._decomposed()  # also where rounding made K indefinite
+        weights = 1 / (self.scale * values + damping)
+        return lambda y: ((y.to(values.dtype) @ vectors.T * weights) @ vectors).to(y.dtype)
+
+    @torch.no_grad()
+    def solve(self, rhs: Tensor, damping: Damping, *, rtol: float | None = None, refine: int = 5) -> Solution:
         """`(scale R^T R + damping I) x = b`, refined with true products until `rtol` or `refine` times.
 
+        All dampings and right-hand sides go through the root together: a stacked forward product with b, one
+        stacked adjoint, and one stacked normal product that measures the residuals. Each refinement of those that
+        are not small costs the same again.
+
         Args:
-            rhs: b, `[..., n]`.
-            damping: positive.
+            rhs: b, `[..., n]`. In float64 for a root in lower precision, vectors and products are in float64 where
+                the root has them (a matrix, or what is made of matrices), and conjugate gradients with the
+                factorisation as preconditioner finish what refinement leaves; otherwise vectors are rounded at
+                every product, and `STAGNATED` is the verdict where that keeps `rtol` from being measured.
+            damping: positive; a list or tensor `[p]` solves for each, with p as first axis of the record.
             rtol: the relative residual at which refinement stops and the solve counts as converged; None for
                 1e-6, in float32 1.2e-5 (100 eps).
             refine: most refinements; they stop where they no longer help.
 
         Raises:
-            ValueError: if damping is not positive or shapes do not fit.
+            ValueError: if a damping is not positive or shapes do not fit.
             TypeError: if dtypes differ.
         """
         system = System(self.operator, rhs, damping)
-        _require_positive(damping)
-        weights = 1 / (self.scale * self._values + damping)
-
-        def inverse(y: Tensor) -> Tensor:
-            return (y @ self.vectors.T * weights) @ self.vectors
-
-        return _refined(system, _dual_inverse(system, self.root, self.scale, inverse), rtol, refine)
+        _require_positive(system.dampings)
+        new = {number for number in system.dampings if self._last is None or number != self._last[0]}
+        if self._num_factored + len(new) > _MANY:
+            self._decomposed()
+        inverses = [self._inverse(number) for number in system.dampings]
+        return refined(system, _dual_inverse(system, self.root, self.scale, inverses), rtol, refine)
 
     @torch.no_grad()
     def null_project(self, v: Tensor, rtol: float | None = None) -> Tensor:
@@ -204,15 +251,17 @@ class DualFactor:
             ValueError: if shapes do not fit.
             TypeError: if dtypes differ.
         """
-        rows = as_rows(self.root, v, self.root.shape[1], "v")
+        root, _ = widened(self.root, v.dtype)
+        rows = as_rows(root, v, root.shape[1], "v")
+        values, vectors = self._decomposed()
         if rtol is None:
-            own, dual = (torch.finfo(dtype).eps for dtype in (self.root.dtype, self._values.dtype))
-            rtol = max(own, 10 * self.root.shape[0] * dual)
-        seen = self._values > rtol * self._values[:1]
-        vectors, values = self.vectors[seen], self._values[seen]
+            own, dual = (torch.finfo(dtype).eps for dtype in (self.root.dtype, values.dtype))
+            rtol = max(own, 10 * root.shape[0] * dual)
+        seen = values > rtol * values[:1]
+        vectors, values = vectors[seen], values[seen]
         for _ in range(2):
-            image = self.root(rows).to(values.dtype)
-            rows = rows - self.root.adjoint(((image @ vectors.T / values) @ vectors).to(rows.dtype))
+            image = root(rows).to(values.dtype)
+            rows = rows - root.adjoint(((image @ vectors.T / values) @ vectors).to(rows.dtype))
         return rows.reshape(v.shape)
 
 
@@ -225,47 +274,50 @@ def _dual_gram(root: LinearOperator, gram: Tensor | None) -> Tensor:
     return gram.to(wide(root.device))
 
 
-def _require_positive(damping: float) -> None:
-    if damping == 0:
+def _require_positive(dampings: list[float]) -> None:
+    if 0 in dampings:
         raise ValueError(
             "damping is 0, but R^T R of a short root is singular; pass damping > 0, or take "
             "DualFactor.null_project for the limit of small damping"
         )
 
 
-def _dual_inverse(
-    system: System, root: LinearOperator, scale: float, inverse: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """`b -> (b - scale R^T (scale K + damping)^{-1} R b) / damping` on stacks, given the m x m inverse."""
+def _cholesky(matrix: Tensor, damping: float) -> Tensor | None:
+    """The lower factor of `matrix + damping I`, None if that is not positive definite."""
+    matrix = matrix.clone()
+    matrix.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return None if int(info) or not bool(torch.isfinite(factor.diagonal()).all()) else factor
 
-    def solve(b: Tensor) -> Tensor:
-        system.num_products += 2 * len(b)
-        image = root(b).to(wide(b.device))
-        return (b - scale * root.adjoint(inverse(image).to(b.dtype))) / system.damping
+
+def _cholesky_solve(y: Tensor, factor: Tensor) -> Tensor:
+    return torch.cholesky_solve(y.to(factor.dtype).T, factor).T.to(y.dtype)
+
+
+def _dual_inverse(
+    system: System, root: LinearOperator, scale: float, inverses: list[Callable[[Tensor], Tensor]]
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """`b -> (b - scale R^T (scale K + damping)^{-1} R b) / damping`, given the m x m inverse for each damping.
+
+    The stack is that of the system's rows given, or, for None, of all right-hand sides, and then R b is made once
+    for all dampings.
+    """
+    root, _ = widened(root, system.rhs.dtype)
+
+    def solve(b: Tensor, rows: Tensor | None) -> Tensor:
+        source = system.base if rows is None else b
+        image = root(source).to(wide(b.device))
+        system.num_products += len(source) + len(b)
+        if rows is None:
+            inner = torch.cat([inverse(image) for inverse in inverses])
+            at: Tensor | slice = slice(None)
+        else:
+            inner, at, which = torch.empty_like(image), rows, rows // max(1, len(system.base))
+            for i in which.unique().tolist():
+                inner[which == i] = inverses[i if system.path else 0](image[which == i])
+        return system.divided(b - scale * root.adjoint(inner.to(b.dtype)), at)
 
     return solve
-
-
-def _refined(system: System, inverse: Callable[[Tensor], Tensor], rtol: float | None, refine: int) -> Solution:
-    """Solve, and refine rows whose true residual is too large; a step that does not help is not taken."""
-    rtol = tolerance(rtol, system.rhs.dtype)
-    x = inverse(system.rhs)
-    r = system.residual(x)
-    size = system.relative(r)
-    steps = 0
-    while steps < refine and len(rows := (size > rtol).nonzero().squeeze(-1)):
-        steps += 1
-        trial = x[rows] + inverse(r[rows])
-        left = system.rhs[rows] - system(trial)
-        new = ratio(norms(left), system.lengths[rows])
-        better = new < size[rows]
-        rows = rows[better]
-        x[rows], r[rows], size[rows] = trial[better], left[better], new[better]
-        if not len(rows):
-            break
-    finite = bool(torch.isfinite(size).all())
-    outcome = Outcome.CONVERGED if bool((size <= rtol).all()) else Outcome.STAGNATED
-    return system.solution(x, size, outcome if finite else Outcome.NOT_FINITE, steps)
 
 
 def _failed(system: System, outcome: Outcome) -> Solution:

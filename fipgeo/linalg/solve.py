@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fipgeo.linalg._shifts import multishift
 from fipgeo.linalg._stacks import dots, norms, scaled
-from fipgeo.linalg._system import System, as_rows, ratio, require_damping, tolerance
+from fipgeo.linalg._system import Damping, System, as_rows, ratio, require_damping, tolerance
 from fipgeo.linalg.nodes import Identity, Stack
 from fipgeo.linalg.operator import LinearOperator
 from fipgeo.linalg.result import Outcome, Solution
@@ -17,7 +18,7 @@ def cg(
     operator: LinearOperator,
     rhs: Tensor,
     *,
-    damping: float = 0.0,
+    damping: Damping = 0.0,
     rtol: float | None = None,
     atol: float = 0.0,
     max_iters: int | None = None,
@@ -30,17 +31,25 @@ def cg(
     that are done leave the stack. A residual that the recurrence calls small is computed anew with a true
     product; if it is not small, the iteration goes on from the true one.
 
+    Several dampings share one Krylov space: one product an iteration for each right-hand side, whatever the
+    number of dampings. One stacked product then measures all true residuals, and the iteration above goes on
+    with those that are not small. With a preconditioner or x0 there is no such space, and every pair of damping
+    and right-hand side has its own products.
+
     Args:
         operator: A, shape `(n, n)`.
-        rhs: b, `[..., n]`.
-        damping: added to the diagonal.
+        rhs: b, `[..., n]`. In float64 for an A in lower precision, products are made in float64 where A has
+            them (a matrix, or what is made of matrices); otherwise vectors are rounded at every product, and
+            `STAGNATED` is the verdict where that keeps `rtol` from being measured.
+        damping: added to the diagonal; a list or tensor `[p]` solves for each, and everything in the record has
+            p as its first axis.
         rtol: a right-hand side is done when `|b - (A + damping I) x| <= max(rtol |b|, atol)`; None for 1e-6,
             in float32 1.2e-5 (100 eps).
         atol: see `rtol`.
         max_iters: most iterations; None for 10 n, at most 1000.
         preconditioner: maps stacks `[k, n]` to about `(A + damping I)^{-1}` of them, symmetric positive
             definite.
-        x0: start, `[..., n]`; None for zero.
+        x0: start, of the shape of the value; None for zero.
 
     Returns:
         Solution. `BREAKDOWN`: a direction of negative (or, to rounding, zero) curvature was met; `value` is
@@ -52,7 +61,8 @@ def cg(
         ValueError: if A is not square, shapes do not fit, or damping is negative.
         TypeError: if dtypes differ.
 
-    Source: Hestenes & Stiefel, Methods of conjugate gradients for solving linear systems (1952).
+    Source: Hestenes & Stiefel, Methods of conjugate gradients for solving linear systems (1952); for several
+    dampings Frommer & Maass, Fast CG-based methods for Tikhonov-Phillips regularization (1999).
 
     Example:
         >>> from fipgeo.linalg import Dense
@@ -63,13 +73,19 @@ def cg(
                 [0., 1.]]))
     """
     system = System(operator, rhs, damping)
-    if x0 is not None and x0.shape != rhs.shape:
-        raise ValueError(f"x0 has shape {tuple(x0.shape)}, expected that of rhs, {tuple(rhs.shape)}")
-    start = None if x0 is None else as_rows(operator, x0, operator.shape[0], "x0")
-    target = torch.clamp(tolerance(rtol, operator.dtype) * system.lengths, min=atol)
-    run = _ConjugateGradients(system, target, preconditioner, start)
-    history = [ratio(run.size, system.lengths)]
+    shape = (*system.batch, operator.shape[0])
+    if x0 is not None and x0.shape != shape:
+        raise ValueError(f"x0 has shape {tuple(x0.shape)}, expected that of the value, {shape}")
+    start = None if x0 is None else as_rows(system.operator, x0, operator.shape[0], "x0")
+    rtol = system.tolerance(rtol)
+    target = torch.clamp(rtol * system.lengths, min=atol)
     limit = min(10 * operator.shape[0], 1000) if max_iters is None else max_iters
+    history: list[Tensor] = []
+    if system.path and start is None and preconditioner is None:
+        start, sizes = multishift(system, target, limit)
+        history = [ratio(size, system.lengths) for size in sizes[:-1]]
+    run = _ConjugateGradients(system, target, preconditioner, start)
+    history.append(ratio(run.size, system.lengths))
     while len(run.live) and len(history) <= limit:
         run.step()
         history.append(ratio(run.size, system.lengths))
@@ -77,7 +93,7 @@ def cg(
     return system.solution(
         run.x,
         ratio(run.size, system.lengths),
-        Outcome.worst(run.outcomes),
+        system.judged(Outcome.worst(run.outcomes), run.x, rtol, float(run.highest.max()) if len(run.x) else 0.0),
         len(history) - 1,
         history=torch.stack(history),
         curvature=run.curvature,
@@ -125,7 +141,7 @@ class _ConjugateGradients:
     def step(self) -> None:
         """One product, one move along each direction, and new directions."""
         p = self.p[self.rows]
-        ap = self.system(p)
+        ap = self.system(p, self.rows)
         pap = dots(p, ap)
         quotient = pap / dots(p, p)
         self.curvature[self.rows] = torch.minimum(self.curvature[self.rows], quotient)
@@ -149,7 +165,7 @@ class _ConjugateGradients:
         if not bool(claimed.any()):
             return claimed
         some = self.live[claimed]
-        self.r[some] = self.system.rhs[some] - self.system(self.x[some])
+        self.r[some] = self.system.residual(self.x[some], some)
         before, after = self.true_size[some], norms(self.r[some])
         self.size[some] = self.true_size[some] = after
         done, near = after <= self.target[some], after <= 2 * self.target[some]
@@ -177,7 +193,7 @@ class _ConjugateGradients:
         """True residuals for the rows that have none yet."""
         rows = self.unmeasured.nonzero().squeeze(-1)
         if len(rows):
-            self.size[rows] = norms(self.system.rhs[rows] - self.system(self.x[rows]))
+            self.size[rows] = norms(self.system.residual(self.x[rows], rows))
 
 
 @torch.no_grad()
