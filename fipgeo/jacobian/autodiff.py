@@ -23,11 +23,11 @@ Pull = Callable[[Tensor], tuple[Weights]]
 Push = Callable[[Function, Weights, Weights], Tensor]
 
 
-def vectorised(function: Callable[[Any], Tensor], chunk: int | None = None) -> Callable[[Any], Tensor]:
+def vectorised(function: Callable[[Any], Any], chunk: int | None = None) -> Callable[[Any], Any]:
     """A function over the first axis of a stack by vmap, quiet about operators that it takes one by one."""
     mapped = vmap(function, chunk_size=chunk, randomness="same")
 
-    def call(stack: Any) -> Tensor:
+    def call(stack: Any) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             return mapped(stack)

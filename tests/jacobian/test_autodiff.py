@@ -126,7 +126,7 @@ def test_vectors_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         return parts
 
     monkeypatch.setattr(found.function.map, "named", spy)
-    found(v), found.normal(v), found.normal(v[0])
+    _ = found(v), found.normal(v), found.normal(v[0])
     assert set(seen) == {v.untyped_storage().data_ptr()}
 
 

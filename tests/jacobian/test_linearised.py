@@ -37,6 +37,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def check(found: LinearisedRoot, expected: Tensor) -> None:
     m, n = expected.shape
+    x, y = draw(3, n), draw(3, m)
     for call in range(3):
         x, y = draw(3, n, seed=call), draw(3, m, seed=call + 10)
         assert oracles.relative(found(x), x @ expected.T) < 1e-10
@@ -147,7 +148,7 @@ def test_the_data_are_read_once() -> None:
     survey = function.survey(theta)
     before = loader.passes
     found = LinearisedRoot(function, theta, survey)
-    found.normal(draw(9, 31)), found(draw(31)), found.adjoint(draw(9, 15))
+    _ = found.normal(draw(9, 31)), found(draw(31)), found.adjoint(draw(9, 15))
     assert loader.passes == before + 1
 
 
