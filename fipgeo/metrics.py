@@ -191,9 +191,9 @@ class Metric:
     def trace(self, *, num_samples: int = 32, generator: Generator = None) -> Estimate:
         """The trace of g, the mean over inputs of |dz/dtheta|^2: exact where R fits, else by random probes."""
         self._prepare()
-        rows = _rows(self.root)
-        if rows is not None:
-            return Estimate(float(rows.double().square().sum()) / self.num_examples, 0.0, 0)
+        squares = _column_squares(self.root)
+        if squares is not None:
+            return Estimate(float(squares.sum()) / self.num_examples, 0.0, 0)
         return hutchinson_trace(self.operator, num_samples=num_samples, generator=as_generator(generator))
 
     def rank(self, tol: float | None = None) -> int:
@@ -364,6 +364,13 @@ def metric(
         model, inputs, geometry, params, batch_size=batch_size, forward_fn=forward_fn, output_fn=output_fn
     )
     return field.at(engine=engine, max_bytes=max_bytes)
+
+
+def _column_squares(root: LinearOperator) -> Tensor | None:
+    """The diagonal of R^T R where R is held in memory."""
+    if isinstance(root, JacobianRoot):
+        return root.column_squares()
+    return root.matrix.double().square().sum(0) if isinstance(root, Dense) else None
 
 
 def _rows(root: LinearOperator) -> Tensor | None:

@@ -2,7 +2,9 @@
 
 from fipgeo.jacobian.autodiff import AutodiffRoot
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey
-from fipgeo.jacobian.materialised import gram, inner_products, materialised_root
+from fipgeo.jacobian.factored import FactoredRoot
+from fipgeo.jacobian.gram import inner_products
+from fipgeo.jacobian.materialised import materialised_root
 from fipgeo.jacobian.root import ENGINES, MAX_BYTES, JacobianRoot
 
 __all__ = [
@@ -10,9 +12,9 @@ __all__ = [
     "MAX_BYTES",
     "AutodiffRoot",
     "EmbeddedOutputs",
+    "FactoredRoot",
     "JacobianRoot",
     "Survey",
-    "gram",
     "inner_products",
     "materialised_root",
 ]

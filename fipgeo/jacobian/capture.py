@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ class Term:
         options: For "linear", whether the weight is `[in, out]`; for "conv", stride, padding, dilation and groups; for
             "embedding", the padding index.
         source: Place of the activation among all that were recorded; -1 for "shift", which needs none.
+        inputs: Numbers in the activation for one example.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Term:
     aligned: tuple[int, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     source: int = -1
+    inputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class Site:
 Found = tuple[Tensor, Term]
 """The factor that a term needs beside the derivative by the output (the activation), and the term."""
 
+Read = tuple[list[Found], int] | None
+"""What a function's output is linear in, and how many of its last axes belong to one position."""
+
 
 class Recorder(TorchFunctionMode):
     """Lists the sites of a forward pass, keeps their activations, and adds a probe to every site's output.
@@ -92,6 +97,11 @@ class Recorder(TorchFunctionMode):
         examples: n; look-ups that all examples share are repeated for each.
         probes: Tensors to add to the outputs of the sites, in order; their gradients are the second factors.
         copies: Which activations to copy, since the model overwrites them later (`overwritten` of an earlier run).
+
+    Attributes:
+        sites: What was found, in order.
+        inputs: The activations.
+        outside: Parameters that some other function used as well, so that their sites do not tell all.
     """
 
     def __init__(
@@ -105,33 +115,44 @@ class Recorder(TorchFunctionMode):
         self.names, self.examples, self.probes, self.copies = names, examples, probes, copies
         self.sites: list[Site] = []
         self.inputs: list[Tensor] = []
+        self.outside: set[str] = set()
         self._sources: dict[tuple[int, int], int] = {}
         self._originals: list[Tensor] = []  # alive, so that no `id` is given twice
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         """Run one function, and note it if it is linear in a parameter."""
         kwargs = kwargs or {}
-        if not any(id(a) in self.names for a in (*args, *kwargs.values())):
+        used = [self.names[id(a)] for a in _flat((*args, *kwargs.values())) if id(a) in self.names]
+        if not used:
             return func(*args, **kwargs)
         if func in COMPOSITE:
             with self:
                 return _opened(func)(*args, **kwargs)
         out = func(*args, **kwargs)
-        reader = READERS.get(func)
-        if reader is None or not isinstance(out, Tensor):
-            return out
-        read = reader(self, func, out, args, kwargs)
-        if read is None or not read[0]:
+        read = self._read(func, out, args, kwargs)
+        if read is None or len(read[0]) != len(used):
+            if func is torch.Tensor.__setitem__ or any(isinstance(t, Tensor) and _smooth(t) for t in _flat([out])):
+                self.outside.update(used)
             return out
         found, trail = read
-        if out.dim() > trail and out.shape[0] == 1 < self.examples and found[0][1].kind == "embedding":
+        if out.shape[0] == 1 < self.examples and found[0][1].kind == "embedding" and out.dim() > trail:
             out = out.expand(self.examples, *out.shape[1:]).contiguous()
             found = [(x.expand(self.examples, *x.shape[1:]), term) for x, term in found]
-        if out.shape[: out.dim() - trail].numel() % self.examples:
-            return out
-        terms = tuple(term if term.kind == "shift" else replace(term, source=self._keep(x)) for x, term in found)
-        self.sites.append(Site(terms, tuple(out.shape), trail))
-        return out if self.probes is None else out + self.probes[len(self.sites) - 1]
+        self.sites.append(Site(tuple(self._kept(x, term) for x, term in found), tuple(out.shape), trail))
+        return out if self.probes is None else out + self.probes[len(self.sites) - 1].to(out.dtype)
+
+    def _read(self, func: Callable, out: Any, args: tuple, kwargs: Any) -> Read:
+        """The terms that a function's output has, if its leading axes hold examples and positions."""
+        reader = READERS.get(func)
+        read = None if reader is None or not isinstance(out, Tensor) else reader(self, func, out, args, kwargs)
+        if read is None or not read[0]:
+            return None
+        lead, shared = out.shape[: out.dim() - read[1]], read[0][0][1].kind == "embedding"
+        return read if lead.numel() % self.examples == 0 or (shared and lead and lead[0] == 1) else None
+
+    def _kept(self, x: Tensor, term: Term) -> Term:
+        """The term with a note of where its activation is kept."""
+        return term if term.kind == "shift" else replace(term, source=self._keep(x), inputs=x.numel() // self.examples)
 
     def _keep(self, x: Tensor) -> int:
         """Keep an activation as it is now, once however often it is used."""
@@ -169,15 +190,27 @@ def _never(*args: Any) -> bool:
     return False
 
 
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """Values, and what is in lists and tuples among them."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _smooth(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
 def _bind(names: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(names.split()) | dict(zip(names.split(), args, strict=False)) | dict(kwargs)
 
 
-Read = tuple[list[Found], int] | None
-
-
 def _linear(seen: Recorder, func: Callable, out: Tensor, args: tuple, kwargs: Any) -> Read:
     a = _bind("input weight bias", args, kwargs)
+    if a["weight"].dim() != 2:
+        return None
     found = [(a["input"], Term("linear", seen.names[id(a["weight"])]))] if seen.name(a["weight"]) else []
     return found + _shift(seen, a["bias"], out, 1), 1
 
@@ -234,6 +267,8 @@ def _normalisation(names: str, channels_first: bool) -> Callable[..., Read]:
     def read(seen: Recorder, func: Callable, out: Tensor, args: tuple, kwargs: Any) -> Read:
         a = _bind(names, args, kwargs)
         weight, bias = a["weight"], a.get("bias")
+        if weight is None and bias is None:
+            return None
         size = (weight if weight is not None else bias).dim()
         ones = (1,) * (out.dim() - 2) if channels_first else ()
         trail = 1 + len(ones) if channels_first else size

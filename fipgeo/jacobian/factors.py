@@ -32,13 +32,20 @@ class Block(ABC):
         """R^T u: `[n, M, k]` to `[k, *shape]`."""
 
     @abstractmethod
-    def rows(self, start: int, stop: int) -> Tensor:
-        """R on some of the output features only, dense, `[n * M, columns]`."""
+    def rows(self, index: Tensor) -> Tensor:
+        """R for some entries along the first axis of the parameter, dense, `[n * M, columns]`."""
 
-    @property
     @abstractmethod
-    def features(self) -> int:
-        """How many output features there are to cut `rows` along."""
+    def entries(self) -> Tensor:
+        """The entries along the first axis for which R is not zero."""
+
+    def inner(self) -> Tensor | None:
+        """R R^T, `[n * M, n * M]`, where it is cheaper than by rows; None otherwise."""
+        return None
+
+    def squares(self) -> Tensor | None:
+        """Sums of squares of R over its rows, `[*shape]` in float64, where it is cheaper than by rows; None otherwise."""
+        return None
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -71,18 +78,17 @@ class LinearBlock(Block):
         w = (y.T @ self.x.reshape(n * t, i)).view(-1, u.shape[-1], i)
         return w.permute(1, 2, 0) if self.transposed else w.transpose(0, 1)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """R on the output features from start to stop."""
-        b = self.b[..., start:stop].flatten(0, 1)  # [n M, T, o]
-        n, t, i = self.x.shape
-        if t == 1:
-            x = self.x.expand(n, self.b.shape[1], i).reshape(-1, 1, i)
-            return (b.reshape(len(b), -1, 1) * x).flatten(1)
-        left = b.view(n, -1, t, b.shape[-1]).transpose(2, 3).reshape(n, -1, t)  # [n, M o, T]
-        return torch.bmm(left, self.x).reshape(len(b), -1)
+    def rows(self, index: Tensor) -> Tensor:
+        """R for some outputs, or inputs if transposed."""
+        x = self.x[..., index] if self.transposed else self.x
+        b = self.b if self.transposed else self.b[..., index]
+        if self.transposed:
+            return torch.einsum("nti,nmto->nmio", x, b).flatten(2).flatten(0, 1)
+        left = b.transpose(2, 3).flatten(1, 2)  # [n, M o, T]
+        return torch.bmm(left, x).view(b.shape[0] * b.shape[1], -1)
 
     def inner(self) -> Tensor | None:
-        """R R^T by an entrywise product, for one position an example: `(x x^T) o (b b^T)`; None otherwise."""
+        """R R^T by an entrywise product, for one position an example: `(x x^T) o (b b^T)`."""
         if self.x.shape[1] != 1:
             return None
         x, b = self.x[:, 0], self.b.flatten(0, 1)[:, 0]
@@ -90,10 +96,16 @@ class LinearBlock(Block):
         outer = (b @ b.T).view(len(x), m, len(x), m) * (x @ x.T)[:, None, :, None]
         return outer.view(len(b), len(b))
 
-    @property
-    def features(self) -> int:
-        """Outputs o."""
-        return self.b.shape[-1]
+    def squares(self) -> Tensor | None:
+        """`sum_n x[n, i]^2 sum_m b[n, m, o]^2`, for one position an example."""
+        if self.x.shape[1] != 1:
+            return None
+        found = self.b[:, :, 0].double().square().sum(1).T @ self.x[:, 0].double().square()
+        return found.T if self.transposed else found
+
+    def entries(self) -> Tensor:
+        """All."""
+        return torch.arange(self.x.shape[-1] if self.transposed else self.b.shape[-1], device=self.b.device)
 
     def tensors(self) -> list[Tensor]:
         """X and b."""
@@ -144,18 +156,17 @@ class ConvBlock(Block):
         args = (None, a["stride"], a["padding"], a["dilation"], False, space, a["groups"], (False, True, False))
         return torch.ops.aten.convolution_backward(y, x, weight, *args)[1]
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """R on the output channels from start to stop."""
+    def rows(self, index: Tensor) -> Tensor:
+        """R for some output channels."""
         patches = self.patches()  # [n, q, groups, i k, S]
         n, q, g, _, size = patches.shape
-        b = self.b[:, :, :, start:stop].flatten(4)  # [n, M, q, o, S]
+        b = self.b.index_select(3, index).flatten(4) if len(index) < self.b.shape[3] else self.b.flatten(4)
         m, width = b.shape[1], self.b.shape[3] // g
         if g == 1:
             left = b.permute(0, 1, 3, 2, 4).reshape(n, -1, q * size)
             right = patches[:, :, 0].transpose(1, 2).reshape(n, -1, q * size)
             return torch.bmm(left, right.transpose(1, 2)).reshape(n * m, -1)
-        group = torch.arange(start, stop, device=b.device) // width
-        return torch.einsum("nmqos,nqois->nmoi", b, patches[:, :, group]).reshape(n * m, -1)
+        return torch.einsum("nmqos,nqois->nmoi", b, patches[:, :, index // width]).reshape(n * m, -1)
 
     def patches(self) -> Tensor:
         """Every window that the kernel meets, `[n, q, groups, i / groups * kernel, positions]`."""
@@ -168,10 +179,9 @@ class ConvBlock(Block):
         x = x.permute(0, 1, *range(2 + space, 2 + 2 * space), *range(2, 2 + space))
         return x.reshape(n, q, self._groups, -1, x.shape[-space:].numel())
 
-    @property
-    def features(self) -> int:
-        """Outputs o."""
-        return self.b.shape[3]
+    def entries(self) -> Tensor:
+        """All output channels."""
+        return torch.arange(self.b.shape[3], device=self.b.device)
 
     def tensors(self) -> list[Tensor]:
         """X and b."""
@@ -188,7 +198,7 @@ class EmbeddingBlock(Block):
 
     ids: Tensor
     b: Tensor
-    entries: int
+    size: int
 
     def apply(self, v: Tensor) -> Tensor:
         """R v."""
@@ -199,21 +209,20 @@ class EmbeddingBlock(Block):
         """R^T u."""
         k, d = u.shape[-1], self.b.shape[-1]
         y = torch.bmm(u.transpose(1, 2), self.b.flatten(2)).view(len(self.b), k, -1, d)
-        out = y.new_zeros(k, self.entries, d)
+        out = y.new_zeros(k, self.size, d)
         return out.index_add_(1, self.ids.flatten(), y.transpose(0, 1).reshape(k, -1, d))
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """R on the embedding features from start to stop, for the entries that occur."""
-        used, index = torch.unique(self.ids, return_inverse=True)
-        b = self.b[..., start:stop]
-        out = b.new_zeros(*b.shape[:2], len(used), b.shape[-1])
-        where = index[:, None, :, None].expand(*b.shape)
-        return out.scatter_add_(2, where, b).flatten(0, 1).flatten(1)
+    def rows(self, index: Tensor) -> Tensor:
+        """R for some of the table's entries, in ascending order."""
+        place = torch.searchsorted(index, self.ids).clamp(max=len(index) - 1)
+        hit = index[place] == self.ids
+        out = self.b.new_zeros(*self.b.shape[:2], len(index), self.b.shape[-1])
+        where = place[:, None, :, None].expand(*self.b.shape)
+        return out.scatter_add_(2, where, self.b * hit[:, None, :, None]).flatten(2).flatten(0, 1)
 
-    @property
-    def features(self) -> int:
-        """The width d."""
-        return self.b.shape[-1]
+    def entries(self) -> Tensor:
+        """Those that occur."""
+        return torch.unique(self.ids)
 
     def tensors(self) -> list[Tensor]:
         """The ids and b."""
@@ -221,4 +230,36 @@ class EmbeddingBlock(Block):
 
     def to(self, dtype: torch.dtype) -> EmbeddingBlock:
         """The same block in another precision."""
-        return EmbeddingBlock(self.ids, self.b.to(dtype), self.entries)
+        return EmbeddingBlock(self.ids, self.b.to(dtype), self.size)
+
+
+@dataclass(frozen=True)
+class RowsBlock(Block):
+    """Rows that are held as they are: `[n * M, *shape]`."""
+
+    matrix: Tensor
+    examples: int
+
+    def apply(self, v: Tensor) -> Tensor:
+        """R v."""
+        return (self.matrix.flatten(1) @ v.flatten(1).T).view(self.examples, -1, len(v))
+
+    def adjoint(self, u: Tensor) -> Tensor:
+        """R^T u."""
+        return (u.flatten(0, 1).T @ self.matrix.flatten(1)).view(-1, *self.matrix.shape[1:])
+
+    def rows(self, index: Tensor) -> Tensor:
+        """R for some entries along the first axis."""
+        return (self.matrix[:, index] if self.matrix.dim() > 1 else self.matrix).flatten(1)
+
+    def entries(self) -> Tensor:
+        """All."""
+        return torch.arange(self.matrix.shape[1], device=self.matrix.device)
+
+    def tensors(self) -> list[Tensor]:
+        """The rows."""
+        return [self.matrix]
+
+    def to(self, dtype: torch.dtype) -> RowsBlock:
+        """The same block in another precision."""
+        return RowsBlock(self.matrix.to(dtype), self.examples)

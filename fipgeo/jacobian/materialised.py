@@ -1,20 +1,13 @@
-"""The root as rows in memory, and the Gram matrix of rows that need not all be in memory at once."""
+"""The root as rows in memory."""
 
 from __future__ import annotations
-
-import logging
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fipgeo.data import ListBatches, TensorBatches
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey
-from fipgeo.jacobian.rows import BLOCK_BYTES, RowMaker, as_tree
+from fipgeo.jacobian.rows import RowMaker
 from fipgeo.linalg import Dense
-from fipgeo.outputs import embed
-
-log = logging.getLogger(__name__)
 
 
 def materialised_root(function: EmbeddedOutputs, theta: Tensor, survey: Survey) -> Dense:
@@ -28,74 +21,3 @@ def materialised_root(function: EmbeddedOutputs, theta: Tensor, survey: Survey) 
                 out[start : start + len(rows)] = rows
                 start += len(rows)
     return Dense(out)
-
-
-def gram(function: EmbeddedOutputs, theta: Tensor, survey: Survey, max_bytes: int) -> Tensor:
-    """K = R R^T in float64, `[N * M, N * M]`, from rows held block-wise within `max_bytes`.
-
-    Two blocks are in memory at a time, and rows are made again for every pair: b blocks cost b (b + 1) / 2 passes
-    instead of 1. A block is at least one example, or one batch if its examples cannot be set apart.
-    """
-    height = max_bytes // (2 * len(theta) * theta.element_size())
-    if survey.num_rows <= 2 * height:
-        rows = materialised_root(function, theta, survey).matrix
-        return inner_products(rows, rows)
-    out = torch.zeros(survey.num_rows, survey.num_rows, dtype=torch.float64, device=theta.device)
-    blocks = _blocks(function, theta, survey, height)
-    ends = torch.tensor([part.num_rows for _, part in blocks]).cumsum(0).tolist()
-    places = [slice(end - part.num_rows, end) for end, (_, part) in zip(ends, blocks, strict=True)]
-    for i, here in enumerate(places):
-        left = materialised_root(blocks[i][0], theta, blocks[i][1]).matrix
-        out[here, here] = inner_products(left, left)
-        for j in range(i + 1, len(blocks)):
-            right = materialised_root(blocks[j][0], theta, blocks[j][1]).matrix
-            out[here, places[j]] = inner_products(left, right)
-            out[places[j], here] = out[here, places[j]].T
-    return out
-
-
-def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """A B^T accumulated in float64 over column blocks, without a float64 copy of A or B."""
-    out = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    width = max(BLOCK_BYTES // (8 * max(len(a), len(b))), 1)
-    for start in range(0, a.shape[1], width):
-        left = a[:, start : start + width].double()
-        out += left @ (left if a is b else b[:, start : start + width].double()).T
-    return out
-
-
-def _blocks(
-    function: EmbeddedOutputs, theta: Tensor, survey: Survey, height: int
-) -> list[tuple[EmbeddedOutputs, Survey]]:
-    """The data in order as parts of at most `height` rows, batches cut up or put together for it where possible."""
-    parts: list[list[tuple[Any, int, int]]] = [[]]
-    used = 0
-    for batch, examples, rows in zip(function.batches, survey.examples, survey.rows, strict=True):
-        width = rows // examples
-        for piece, count in _pieces(function, theta, batch, examples, examples if rows <= height else height // width):
-            if parts[-1] and used + count * width > height:
-                parts.append([])
-                used = 0
-            parts[-1].append((piece, count, count * width))
-            used += count * width
-    out = []
-    for part in parts:
-        pieces, counts, rows = zip(*part, strict=True)
-        out.append((EmbeddedOutputs(function.map, function.geometry, ListBatches(list(pieces))), Survey(rows, counts)))
-    return out
-
-
-def _pieces(function: EmbeddedOutputs, theta: Tensor, batch: Any, examples: int, step: int) -> list[tuple[Any, int]]:
-    """A batch in pieces of `step` examples with their counts; whole if it cannot be cut or its outputs would change."""
-    step = max(step, 1)
-    if step >= examples:
-        return [(batch, examples)]
-    try:
-        pieces = list(TensorBatches(as_tree(batch), step))
-        whole = embed(function.geometry, function.map(theta, batch))
-        split = torch.cat([embed(function.geometry, function.map(theta, piece)) for piece in pieces])
-        if split.shape == whole.shape and bool((split - whole).norm() <= 1e-4 * whole.norm()):
-            return [(piece, min(step, examples - i * step)) for i, piece in enumerate(pieces)]
-    except Exception as error:  # whatever a model says to a smaller batch, the whole one is at hand
-        log.info("a batch stays whole, since the model does not take pieces of it: %s", error)
-    return [(batch, examples)]

@@ -27,25 +27,48 @@ class Tracing:
         sites: In the order in which the forward pass meets them.
         overwritten: Activations that the model changes in place later.
         examples: n.
+        outside: Parameters that are used elsewhere, too.
     """
 
     sites: tuple[Site, ...]
     overwritten: frozenset[int]
     examples: int
+    outside: frozenset[str] = frozenset()
 
     @property
     def signature(self) -> tuple:
         """Equal for batches whose factors can be put together: all but the number of examples."""
         n = self.examples
-        return tuple((site.terms, site.trailing, site.numel // (n * math.prod(site.trailing))) for site in self.sites)
+        sites = ((site.terms, site.trailing, site.numel // (n * math.prod(site.trailing))) for site in self.sites)
+        return self.outside, *sites
 
 
-def trace(function: EmbeddedOutputs, weights: Weights, batch: object, examples: int) -> Tracing:
-    """Run the model once and list its sites; inside `function.map.frozen()`."""
-    names = {id(t): name for name, t in weights.items()}
+class Same:
+    """A value that `groupby` can compare, whatever is in it."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value == other.value
+
+
+def trace(
+    function: EmbeddedOutputs, weights: Weights, batch: object, examples: int, names: Mapping[int, str] | None = None
+) -> Tracing:
+    """Run the model once and list its sites; inside `function.map.frozen()`.
+
+    Args:
+        function: z on fixed inputs.
+        weights: The point by name.
+        batch: The inputs.
+        examples: n.
+        names: Names by `id` of the weights to look for; None for all.
+    """
+    names = {id(t): name for name, t in weights.items()} if names is None else names
     with Recorder(names, examples) as seen:
         function.on(batch)(weights)
-    return Tracing(tuple(seen.sites), seen.overwritten(), examples)
+    return Tracing(tuple(seen.sites), seen.overwritten(), examples, frozenset(seen.outside))
 
 
 @dataclass(frozen=True)
@@ -74,16 +97,11 @@ def forms(site: Site, term: Term, shape: torch.Size, examples: int, rows: int, i
     plain = Form(False, rows * size * itemsize, 4 * rows * size)
     if term.kind in ("scale", "shift"):
         return [plain]
-    positions = outputs // math.prod(site.trailing)
     if term.kind == "embedding":
-        return [Form(True, (rows * outputs) * itemsize + 8 * positions, 4 * rows * outputs)]
-    if term.kind == "linear":
-        inputs, work = positions * (size // site.shape[-1]), positions * size
-    else:
-        spatial = math.prod(site.trailing[1:])
-        inputs = positions * shape[1] * term.options["groups"] * spatial * math.prod(term.options["stride"])
-        work = positions * spatial * size
-    return [plain, Form(True, (rows * outputs + inputs) * itemsize, 4 * work + 4 * rows * outputs)]
+        return [Form(True, (rows * outputs) * itemsize + 8 * term.inputs, 4 * rows * outputs)]
+    # every output meets as many weights as there are for one feature
+    work = outputs * size // site.trailing[0]
+    return [plain, Form(True, (rows * outputs + term.inputs) * itemsize, 4 * work + 4 * rows * outputs)]
 
 
 Key = tuple[int, str]
@@ -130,25 +148,48 @@ def plan(
         budget: Bytes for one example.
         excluded: Parameters whose sites are not to be used.
     """
-    options: dict[Key, list[Form]] = {}
+    uses: dict[str, dict[Key, list[Form]]] = {}
     for place, site in enumerate(tracing.sites):
         for term in site.terms:
-            if term.name not in excluded:
-                shape = torch.Size(shapes[term.name])
-                options[place, term.name] = forms(site, term, shape, tracing.examples, rows, itemsize)
-    covered = {name for _, name in options}
-    uncovered = tuple(name for name in shapes if name not in covered)
-    chosen = {key: min(found, key=lambda form: form.cost) for key, found in options.items()}
+            if term.name not in excluded and term.name not in tracing.outside:
+                found = forms(site, term, torch.Size(shapes[term.name]), tracing.examples, rows, itemsize)
+                uses.setdefault(term.name, {})[place, term.name] = found
+    ways = {name: found for name in uses if (found := _ways(uses[name]))}
+    chosen = {name: min(found, key=_cost) for name, found in ways.items()}
+    least = {name: min(found, key=_bytes) for name, found in ways.items()}
+    uncovered = tuple(name for name in shapes if name not in ways)
     left = rows * itemsize * sum(torch.Size(shapes[name]).numel() for name in uncovered)
-    saving = {key: form.num_bytes - min(f.num_bytes for f in options[key]) for key, form in chosen.items()}
-    total = left + sum(form.num_bytes for form in chosen.values())
-    for key in sorted(saving, key=lambda key: -saving[key]):
-        if total <= budget or not saving[key]:
+    saving = {name: _bytes(way) - _bytes(least[name]) for name, way in chosen.items()}
+    total = left + sum(map(_bytes, chosen.values()))
+    for name in sorted(saving, key=lambda name: -saving[name]):
+        if total <= budget or not saving[name]:
             break
-        chosen[key] = min(options[key], key=lambda form: form.num_bytes)
-        total -= saving[key]
-    flops = 4 * left // itemsize + sum(form.flops for form in chosen.values())
-    return Plan(chosen, uncovered, total, flops)
+        chosen[name] = least[name]
+        total -= saving[name]
+    held = {key: form for way in chosen.values() for key, form in way.items()}
+    flops = 4 * left // itemsize + sum(form.flops for form in held.values())
+    return Plan(held, uncovered, total, flops)
+
+
+Way = Mapping[Key, Form]
+"""How all uses of one parameter are held."""
+
+
+def _ways(uses: Mapping[Key, list[Form]]) -> list[Way]:
+    """All uses as rows, which add up to those of one use, or all as factors: never some so and some so."""
+    rows = {key: form for key, forms in uses.items() for form in forms if not form.factored}
+    factors = {key: form for key, forms in uses.items() for form in forms if form.factored}
+    first = next(iter(uses))
+    summed = {key: form if key == first else Form(False, 0, 0) for key, form in rows.items()}
+    return [way for way in (summed, factors) if len(way) == len(uses)]
+
+
+def _bytes(way: Way) -> int:
+    return sum(form.num_bytes for form in way.values())
+
+
+def _cost(way: Way) -> int:
+    return sum(form.cost for form in way.values())
 
 
 def slow_index(site: Site, first: Tensor, last: Tensor, examples: int) -> bool | None:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fipgeo.jacobian.autodiff import AutodiffRoot
+from fipgeo.jacobian.cost import Costs, estimate, size
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey
-from fipgeo.jacobian.materialised import gram, inner_products, materialised_root
+from fipgeo.jacobian.factored import FactoredRoot, gram_by_parameters
+from fipgeo.jacobian.gram import gram_by_pairs
+from fipgeo.jacobian.materialised import materialised_root
 from fipgeo.linalg import Dense, LinearOperator
 
-ENGINES = ("auto", "autodiff", "materialised")
+log = logging.getLogger(__name__)
+
+
+class LinearisedRoot(AutodiffRoot):
+    pass
+
+ENGINES = ("auto", "autodiff", "linearised", "factored", "materialised")
 MAX_BYTES = 2**30
+MANY = 64
+"""Products that `prepare` has in mind when no number is given."""
 
 
 class JacobianRoot(LinearOperator):
@@ -21,22 +33,25 @@ class JacobianRoot(LinearOperator):
 
     Engines give the same numbers at different prices:
 
-    | engine | a product costs | holds |
+    | engine | a product R^T R v costs | holds |
     | --- | --- | --- |
-    | autodiff | about 3 forward passes a vector, one pass over the data a stack | nothing |
-    | materialised | 2 N M D flops a vector | N M D numbers; making them costs about 2 M forward passes |
+    | autodiff | about 6 forward passes, one pass over the data for a whole stack | nothing |
+    | linearised | about 4 forward passes | the graphs of one forward pass |
+    | factored | 1 to 3 forward passes or less | inputs and output derivatives of layers, or rows, whichever is faster |
+    | materialised | 4 N M D operations | N M D numbers |
 
-    "auto" starts with autodiff and materialises when many products are announced (`prepare`) and R fits `max_bytes`.
+    "auto" starts with autodiff. It changes to the engine whose set-up pays when products are announced (`prepare`), or
+    when those that were asked for one by one have cost as much as that set-up; estimates are in `explain()`.
 
     Args:
         function: z on fixed inputs.
         theta: The point, `[D]`; a copy is kept, in the dtype of the space.
-        engine: "auto", "autodiff" or "materialised".
-        max_bytes: Most memory that rows may take.
+        engine: One of `ENGINES`.
+        max_bytes: Most memory that an engine may hold.
         survey: Rows and examples of every batch, when a pass has already counted them.
 
     Raises:
-        ValueError: Unknown engine; "materialised" does not fit `max_bytes`; or see `OutputMap.check`.
+        ValueError: Unknown engine; an engine that was named does not fit `max_bytes`; or see `OutputMap.check`.
     """
 
     def __init__(
@@ -59,17 +74,14 @@ class JacobianRoot(LinearOperator):
         self.survey = function.survey(self.theta) if survey is None else survey
         super().__init__((self.survey.num_rows, space.dim), dtype=space.dtype, device=space.device)
         self.engine, self.max_bytes = engine, max_bytes
-        if engine == "materialised" and not self.fits:
-            raise ValueError(
-                f"engine: 'materialised' needs {_gib(self.num_bytes)} for {self.shape[0]:,} x {self.shape[1]:,} rows,"
-                f" but max_bytes is {_gib(max_bytes)}; raise max_bytes, or use engine='autodiff'"
-            )
-        self.rows: Dense | None = None
+        self._using: LinearOperator | None = None
         self._gram: Tensor | None = None
+        self._spent = 0.0
+        self._unfit: set[str] = set()
         if survey is None:  # nobody has looked at the model's derivative rules either
             _ = self.autodiff
-        if engine == "materialised":
-            self.prepare()
+        if engine not in ("auto", "autodiff"):
+            self._using = self._build(engine)
 
     @property
     def rank_bound(self) -> int:
@@ -81,55 +93,141 @@ class JacobianRoot(LinearOperator):
         """The engine that stores nothing; looks at the model's derivative rules when it is first used."""
         return AutodiffRoot(self.function, self.theta, self.survey)
 
+    @cached_property
+    def costs(self) -> Costs:
+        """The estimates by which "auto" chooses."""
+        with self.function.map.frozen():
+            return estimate(self.function, self.function.map.named(self.theta), self.survey, self.max_bytes)
+
+    @property
+    def using(self) -> str:
+        """The engine in use."""
+        kinds = {LinearisedRoot: "linearised", FactoredRoot: "factored", Dense: "materialised"}
+        return "autodiff" if self._using is None else kinds[type(self._using)]
+
+    @property
+    def rows(self) -> Dense | None:
+        """R as rows, if they are in memory."""
+        return self._using if isinstance(self._using, Dense) else None
+
     @property
     def num_bytes(self) -> int:
         """Memory that R takes as rows."""
-        return self.shape[0] * self.shape[1] * torch.finfo(self.dtype).bits // 8
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
-    @property
-    def fits(self) -> bool:
-        """Whether R as rows fits `max_bytes`."""
-        return self.num_bytes <= self.max_bytes
-
-    def prepare(self) -> LinearOperator:
-        """Announce many products: R is materialised if the engine lets it and it fits. Returns the operator in use."""
-        if self.rows is None and self.engine != "autodiff" and self.fits:
-            self.rows = materialised_root(self.function, self.theta, self.survey)
+    def prepare(self, products: int = MANY) -> LinearOperator:
+        """Announce a number of products: "auto" sets up what pays for them. Returns the operator in use."""
+        if self.engine == "auto" and self._using is None:
+            self._change(self._cheapest(products))
         return self._operator
 
     def gram(self) -> Tensor:
-        """K = R R^T in float64, `[N * M, N * M]`; made once."""
+        """K = R R^T in float64, `[N * M, N * M]`; made once, from what is held or group by group within `max_bytes`."""
         if self._gram is None:
-            if self.prepare() is self.rows and self.rows is not None:
-                self._gram = inner_products(self.rows.matrix, self.rows.matrix)
+            using = self.prepare(self.shape[0])
+            if isinstance(using, FactoredRoot | Dense):
+                self._gram = using.gram()
             else:
-                self._gram = gram(self.function, self.theta, self.survey, self.max_bytes)
+                self._gram = self._gram_in_parts()
         return self._gram
 
+    def column_squares(self) -> Tensor | None:
+        """The diagonal of R^T R in float64, `[D]`, where the engine in use holds R; None otherwise."""
+        if isinstance(self._using, FactoredRoot):
+            return self._using.column_squares()
+        if isinstance(self._using, Dense):
+            return torch.linalg.vector_norm(self._using.matrix, dim=0, dtype=torch.float64).square()
+        return None
+
+    def materialise(self) -> Dense | None:
+        """R as rows, made if they fit `max_bytes` and the engine was not named otherwise; None if not."""
+        if self.rows is None and self.engine in ("auto", "materialised") and self.num_bytes <= self.max_bytes:
+            self._using = self._build("materialised")
+        return self.rows
+
+    def double(self) -> LinearOperator | None:
+        """The same root with float64 algebra over what is held; None where products pass through the model."""
+        return self._using.double() if isinstance(self._using, FactoredRoot | Dense) else None
+
     def explain(self) -> str:
-        """Which engine is in use, why, and what it takes."""
+        """The engine in use, and estimates for every engine in forward passes over the data and memory."""
         rows, dim = self.shape
-        using = "autodiff" if self.rows is None else "materialised rows"
-        fit = "fits" if self.fits else "does not fit"
         return (
             f"root: {rows:,} rows ({self.survey.num_examples:,} examples) x {dim:,} weights in {self.dtype};"
-            f" as rows {_gib(self.num_bytes)}, which {fit} max_bytes = {_gib(self.max_bytes)};"
-            f" engine {self.engine!r}, now using {using}; rank at most {self.rank_bound:,}"
+            f" rank at most {self.rank_bound:,}\n"
+            f"engine {self.engine!r}, now using {self.using}; max_bytes = {size(self.max_bytes)}\n"
+            f"{self.costs.table(self.max_bytes)}"
         )
+
+    def _cheapest(self, products: float) -> str:
+        costs = self.costs
+        open_ = {name: cost for name, cost in costs.engines.items() if name not in self._unfit}
+        return Costs(costs.forward, open_, costs.bytes_by_name).cheapest(products, self.max_bytes)
+
+    def _change(self, engine: str) -> None:
+        """Set an engine up; what turns out not to work for this model is not tried again."""
+        while engine != "autodiff":
+            try:
+                self._using = self._build(engine)
+                return
+            except (ValueError, NotImplementedError, RuntimeError) as error:
+                log.info("engine %s is not used: %s", engine, error)
+                self._unfit.add(engine)
+                engine = self._cheapest(MANY)
+
+    def _build(self, engine: str) -> LinearOperator:
+        if engine == "factored":
+            return FactoredRoot(self.function, self.theta, self.survey, max_bytes=self.max_bytes)
+        if engine == "linearised":
+            return LinearisedRoot(self.function, self.theta, self.survey, max_bytes=self.max_bytes)
+        if self.num_bytes > self.max_bytes:
+            raise ValueError(
+                f"engine: 'materialised' needs {size(self.num_bytes)} for {self.shape[0]:,} x {self.shape[1]:,} rows,"
+                f" but max_bytes is {size(self.max_bytes)}; raise max_bytes, or use engine='autodiff'"
+            )
+        return materialised_root(self.function, self.theta, self.survey)
+
+    def _gram_in_parts(self) -> Tensor:
+        groups: list[list[str]] = [[]]
+        used = 0.0
+        for name, need in self.costs.bytes_by_name.items():
+            if need > self.max_bytes:
+                return gram_by_pairs(self.function, self.theta, self.survey, self.max_bytes)
+            if groups[-1] and used + need > self.max_bytes:
+                groups.append([])
+                used = 0.0
+            groups[-1].append(name)
+            used += need
+        try:
+            return gram_by_parameters(self.function, self.theta, self.survey, self.max_bytes, groups)
+        except ValueError as error:
+            log.info("the Gram matrix is made from rows: %s", error)
+            return gram_by_pairs(self.function, self.theta, self.survey, self.max_bytes)
 
     @property
     def _operator(self) -> LinearOperator:
-        return self.autodiff if self.rows is None else self.rows
+        return self.autodiff if self._using is None else self._using
+
+    def _spend(self, share: float, vectors: int) -> None:
+        """Count what products have cost; change the engine once that is what the change costs."""
+        if self.engine != "auto" or self._using is not None:
+            return
+        self._spent += share * vectors
+        if self._spent < 4:  # nothing pays for itself so soon, and an estimate takes a forward pass
+            return
+        product = self.costs.engines["autodiff"].product
+        best = self._cheapest(self._spent)
+        if best != "autodiff" and self.costs.engines[best].setup <= self._spent * product:
+            self._change(best)
 
     def _apply(self, x: Tensor) -> Tensor:
+        self._spend(0.5, len(x))
         return self._operator._apply(x)
 
     def _adjoint(self, y: Tensor) -> Tensor:
+        self._spend(0.5, len(y))
         return self._operator._adjoint(y)
 
     def _normal(self, x: Tensor) -> Tensor:
+        self._spend(1.0, len(x))
         return self._operator._normal(x)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:.1f} MiB"

@@ -52,7 +52,7 @@ class Compensation:
         self.root = JacobianRoot(kept.at(position), position.theta, max_bytes=max_bytes, survey=kept.survey)
         self.kept, self.num_examples, self.max_iters = kept, kept.num_examples, max_iters
         self.cost = 2.0 * kept.survey.num_rows
-        using = self.root.prepare()
+        using = self.root.materialise() or self.root.prepare()
         mask = free.to(position.theta.dtype)
         self.masked: LinearOperator = using @ Diagonal(mask)
         self.gram: Tensor | None = None

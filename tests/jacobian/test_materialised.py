@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fipgeo import OutputMap, as_batches
 from fipgeo.data import Batches
-from fipgeo.jacobian import EmbeddedOutputs, JacobianRoot, gram, inner_products, materialised
+from fipgeo.jacobian import EmbeddedOutputs, JacobianRoot, inner_products
+from fipgeo.jacobian import gram as gram_file
+from fipgeo.jacobian.gram import gram_by_pairs
 from fipgeo.outputs import Euclidean
 
 from .. import oracles
@@ -31,7 +33,7 @@ def test_gram_in_blocks_equals_the_whole(name: str, sizes: tuple[int, ...], exam
     expected = oracles.root(module, inputs)
     width = len(expected) // 5
     function, theta = parts(module, cut(inputs, *sizes))
-    found = gram(function, theta, function.survey(theta), 2 * examples * width * expected.shape[1] * 8)
+    found = gram_by_pairs(function, theta, function.survey(theta), 2 * examples * width * expected.shape[1] * 8)
     assert oracles.relative(found, expected @ expected.T) < 1e-10
 
 
@@ -39,15 +41,15 @@ def test_blocks_keep_to_the_bound_even_if_a_batch_does_not(monkeypatch: pytest.M
     module, inputs = build("mlp")
     function, theta = parts(module, inputs)
     seen = []
-    whole = materialised.materialised_root
+    whole = gram_file.materialised_root
 
     def spy(function: EmbeddedOutputs, theta: Tensor, survey: Any) -> Any:
         seen.append(survey.num_rows * len(theta) * 8)
         return whole(function, theta, survey)
 
-    monkeypatch.setattr(materialised, "materialised_root", spy)
+    monkeypatch.setattr(gram_file, "materialised_root", spy)
     bound = 4 * 3 * 31 * 8  # two blocks of two examples
-    found = gram(function, theta, function.survey(theta), bound)
+    found = gram_by_pairs(function, theta, function.survey(theta), bound)
     assert len(seen) == 6 and max(seen) <= bound // 2
     expected = oracles.root(module, inputs)
     assert oracles.relative(found, expected @ expected.T) < 1e-10
@@ -73,7 +75,7 @@ def test_examples_that_meet_in_the_batch(sizes: tuple[int, ...]) -> None:
     function, theta = parts(module, batches)
     for engine in ("autodiff", "materialised"):
         assert oracles.relative(JacobianRoot(function, theta, engine=engine).to_dense(), expected) < 1e-10
-    found = gram(function, theta, function.survey(theta), 2 * 2 * 2 * 8 * 8)
+    found = gram_by_pairs(function, theta, function.survey(theta), 2 * 2 * 2 * 8 * 8)
     assert oracles.relative(found, expected @ expected.T) < 1e-10
 
 
@@ -98,7 +100,7 @@ def test_batches_of_any_kind_with_their_own_forward(kind: Any) -> None:
     for engine in ("autodiff", "materialised"):
         found = JacobianRoot(function, theta, engine=engine)
         assert oracles.relative(found.to_dense(), expected) < 1e-10
-    tight = gram(function, theta, found.survey, 2 * 3 * 31 * 8)
+    tight = gram_by_pairs(function, theta, found.survey, 2 * 3 * 31 * 8)
     assert oracles.relative(tight, expected @ expected.T) < 1e-10
 
 
@@ -110,12 +112,12 @@ def test_batches_whose_examples_differ_in_shape() -> None:
     found = JacobianRoot(function, theta, engine="materialised")
     assert found.survey.rows == (12, 8, 2)
     assert oracles.relative(found.to_dense(), expected) < 1e-10
-    tight = gram(function, theta, found.survey, 2 * 4 * found.shape[1] * 8)
+    tight = gram_by_pairs(function, theta, found.survey, 2 * 4 * found.shape[1] * 8)
     assert oracles.relative(tight, expected @ expected.T) < 1e-10
 
 
 def test_inner_products_are_accumulated_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(materialised, "BLOCK_BYTES", 8 * 4 * 7)  # seven columns at a time
+    monkeypatch.setattr(gram_file, "BLOCK_BYTES", 8 * 4 * 7)  # seven columns at a time
     a = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)).float()
     b = torch.randn(3, 100, generator=torch.Generator().manual_seed(1)).float()
     assert oracles.relative(inner_products(a, b), torch.einsum("ij,kj->ik", a.double(), b.double())) < 1e-15

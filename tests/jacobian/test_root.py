@@ -16,7 +16,7 @@ from fipgeo.outputs import Euclidean
 from .. import oracles
 from ..models import CASES, build, cut
 
-ENGINES = ("autodiff", "materialised")
+ENGINES = ("autodiff", "linearised", "factored", "materialised")
 
 
 def root_of(module: nn.Module, inputs: Any, engine: str = "auto", **kwargs: Any) -> JacobianRoot:
@@ -135,19 +135,20 @@ def test_weights_that_fail_now_do_not_matter_at_another_point() -> None:
     assert oracles.relative(found.to_dense(), oracles.root(build("mlp")[0], inputs)) < 1e-10
 
 
-def test_auto_materialises_when_many_products_are_announced() -> None:
+def test_auto_sets_up_what_announced_products_pay_for() -> None:
     module, inputs = build("mlp")
     lazy = root_of(module, inputs)
-    assert lazy.rows is None and "now using autodiff" in lazy.explain()
-    assert lazy.prepare() is lazy.rows and "now using materialised rows" in lazy.explain()
-    tight = root_of(module, inputs, max_bytes=15 * 31 * 8 - 1)
+    assert lazy.using == "autodiff" and "now using autodiff" in lazy.explain()
+    assert lazy.prepare(1) is lazy.autodiff
+    assert lazy.prepare() is not lazy.autodiff and lazy.using in ("factored", "materialised")
+    tight = root_of(module, inputs, max_bytes=1)
     assert tight.prepare() is tight.autodiff and "does not fit" in tight.explain()
     assert root_of(module, inputs, "autodiff").prepare().__class__.__name__ == "AutodiffRoot"
 
 
 def test_engines_are_checked() -> None:
     module, inputs = build("mlp")
-    with pytest.raises(ValueError, match="engine: got 'dense', expected one of 'auto', 'autodiff', 'materialised'"):
+    with pytest.raises(ValueError, match="engine: got 'dense', expected one of 'auto', 'autodiff', 'linearised'"):
         root_of(module, inputs, "dense")
     with pytest.raises(ValueError, match="'materialised' needs .* for 15 x 31 rows, but max_bytes is"):
         root_of(module, inputs, "materialised", max_bytes=1000)

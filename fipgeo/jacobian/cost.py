@@ -1,0 +1,133 @@
+"""What each engine would cost for a model, data and point: an estimate that can be printed, made from one small batch.
+
+Costs are in operations (multiply-adds count two), with memory traffic converted at `BYTE` operations a byte. They are
+the same on every run, so that a choice made by them is, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fipgeo.data import TensorBatches
+from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
+from fipgeo.jacobian.plan import BYTE, STACK, Plan, plan, trace
+from fipgeo.jacobian.rows import as_tree
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one engine takes, over all the data.
+
+    Attributes:
+        setup: Operations before the first product.
+        product: Operations of one product R^T R v.
+        num_bytes: Memory held.
+    """
+
+    setup: float
+    product: float
+    num_bytes: float
+
+    def total(self, products: float) -> float:
+        """Operations for a number of products."""
+        return self.setup + products * self.product
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Estimates for all engines.
+
+    Attributes:
+        forward: Operations of one forward pass over the data.
+        engines: Cost by engine.
+        bytes_by_name: Least memory of the factors of every parameter, over all the data.
+    """
+
+    forward: float
+    engines: Mapping[str, Cost]
+    bytes_by_name: Mapping[str, float]
+
+    def cheapest(self, products: float, max_bytes: float) -> str:
+        """The engine that takes least for a number of products, among those that fit."""
+        fitting = {name: cost for name, cost in self.engines.items() if cost.num_bytes <= max_bytes}
+        return min(fitting, key=lambda name: fitting[name].total(products))
+
+    def table(self, max_bytes: float) -> str:
+        """One line an engine."""
+        lines = []
+        for name, cost in self.engines.items():
+            fit = "" if cost.num_bytes <= max_bytes else ", does not fit"
+            even = cost.setup / max(self.engines["autodiff"].product - cost.product, 1e-300)
+            after = (
+                "" if not cost.setup else f", paid back after {even:,.0f} products" if even > 0 else ", never paid back"
+            )
+            lines.append(
+                f"  {name:<12} set-up {cost.setup / self.forward:8.1f}, a product {cost.product / self.forward:6.2f}"
+                f" forward passes; holds {size(cost.num_bytes)}{fit}{after}"
+            )
+        return "\n".join(lines)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def estimate(function: EmbeddedOutputs, weights: Weights, survey: Survey, max_bytes: float) -> Costs:
+    """Estimate from the first batch, or a few examples of it; inside `function.map.frozen()`."""
+    batch, few = _few(function.batches.first(), survey.examples[0])
+    height = survey.rows[0] // survey.examples[0]
+    itemsize, count = function.map.space.dtype.itemsize, survey.num_examples
+    tracing = trace(function, weights, batch, few)
+    with FlopCounterMode(display=False) as counter:
+        z = function.on(batch)(weights)
+    if z.numel() != few * height:  # rows are not the same number for every example: count on the whole batch instead
+        few = max(1, z.numel() // height)
+    dim = sum(t.numel() for t in weights.values())
+    shapes = {name: t.shape for name, t in weights.items()}
+    activations = itemsize * sum(site.numel for site in tracing.sites) / few
+    forward = max(counter.get_total_flops() / few, 2 * dim) + 2 * BYTE * activations
+    mixed = plan(tracing, shapes, height, itemsize, max_bytes / count)
+    small = plan(tracing, shapes, height, itemsize, 0)
+    rows = survey.num_rows * dim * itemsize
+    making = height * forward * 1.2
+    engines = {
+        "autodiff": Cost(0.0, 7 * forward * count, 0.0),
+        "linearised": Cost(40 * forward * count + 1e11, 4.5 * forward * count, 4 * activations * count),
+        "factored": Cost(
+            (making + 8 * forward + _rows_flops(mixed)) * count, mixed.cost * count, mixed.num_bytes * count
+        ),
+        "materialised": Cost(
+            3 * making * count + BYTE * rows, (4 + 2 * BYTE * itemsize / STACK) * survey.num_rows * dim, rows
+        ),
+    }
+    return Costs(forward * count, engines, _bytes_by_name(small, shapes, height * itemsize, count))
+
+
+def _few(batch: Any, examples: int) -> tuple[Any, int]:
+    """A few examples of a batch, or all of them where they cannot be taken out."""
+    few = min(examples, 4)
+    try:
+        tree = TensorBatches(as_tree(batch), few)
+        return (tree.take(torch.arange(few)), few) if len(tree) == examples > few else (batch, examples)
+    except (TypeError, ValueError):
+        return batch, examples
+
+
+def _rows_flops(chosen: Plan) -> float:
+    """Operations that turn factors into rows, roughly those of a product on each."""
+    return sum(form.flops for form in chosen.chosen.values())
+
+
+def _bytes_by_name(small: Plan, shapes: Mapping[str, torch.Size], row: int, count: int) -> dict[str, float]:
+    out = dict.fromkeys(shapes, 0.0)
+    for (_, name), form in small.chosen.items():
+        out[name] += form.num_bytes * count
+    for name in small.uncovered:
+        out[name] = float(row * shapes[name].numel() * count)
+    return out

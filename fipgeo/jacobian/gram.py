@@ -1,0 +1,149 @@
+"""The dual matrix K = R R^T in float64, from factors or from rows that need not all be in memory at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fipgeo.data import ListBatches, TensorBatches
+from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey
+from fipgeo.jacobian.factors import Block
+from fipgeo.jacobian.materialised import materialised_root
+from fipgeo.jacobian.rows import as_tree
+from fipgeo.jacobian.segment import Segment
+from fipgeo.outputs import embed
+
+log = logging.getLogger(__name__)
+
+BLOCK_BYTES = 2**28
+"""Temporary rows and wide copies are made in blocks of about this size."""
+
+
+def gram_of_segments(segments: Sequence[Segment]) -> Tensor:
+    """K over all segments, `[N * M, N * M]`, one parameter after the other.
+
+    Rows of a factored parameter are made for a few of its entries at a time and dropped again. Where it acts on one
+    position an example no rows are needed: `K = (x x^T) o (b b^T)`.
+    """
+    total = sum(len(s.matrix) for s in segments)
+    out = torch.zeros(total, total, dtype=torch.float64, device=segments[0].matrix.device)
+    if len(segments) == 1 and segments[0].matrix.numel():
+        out += inner_products(segments[0].matrix, segments[0].matrix)
+    for _, _, parts in _by_parameter(segments, rows=len(segments) > 1):
+        if len(parts) == 1 and len(parts[0]) == 1:
+            found = parts[0][0].to(torch.float64).inner()
+            if found is not None:
+                out += found
+                continue
+        for _, rows in _row_chunks(parts):
+            out += inner_products(rows, rows)
+    return out
+
+
+def column_squares(segments: Sequence[Segment], dim: int) -> Tensor:
+    """The diagonal of R^T R in float64, `[D]`: sums of squares over all rows; its own sum is |R|_F^2."""
+    out = torch.zeros(dim, dtype=torch.float64, device=segments[0].matrix.device)
+    for start, shape, parts in _by_parameter(segments, rows=True):
+        where = out[start : start + shape.numel()].view(shape or (1,))
+        squares = [blocks[0].squares() if len(blocks) == 1 else None for blocks in parts]
+        if all(found is not None for found in squares):
+            where += torch.stack(squares).sum(0).view(where.shape)  # type: ignore[arg-type]
+            continue
+        for index, rows in _row_chunks(parts):
+            where[index] += rows.double().square().sum(0).view(len(index), *where.shape[1:])
+    return out
+
+
+def _by_parameter(segments: Sequence[Segment], rows: bool) -> Iterator[tuple[int, torch.Size, list[list[Block]]]]:
+    """Every parameter's first coordinate, shape and blocks, one list a segment; with those held as rows if wanted."""
+    found: dict[int, list[list[Block]]] = {}
+    shapes: dict[int, torch.Size] = {}
+    for place, segment in enumerate(segments):
+        for where, shape, block in segment.parts() if rows else segment.blocks:
+            shapes[where.start] = shape
+            found.setdefault(where.start, [[] for _ in segments])[place].append(block)
+    for start, parts in found.items():
+        yield start, shapes[start], parts
+
+
+def _row_chunks(parts: list[list[Block]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Entries, and dense rows of one parameter over all segments, for a few entries of its first axis at a time."""
+    entries = torch.unique(torch.cat([block.entries() for blocks in parts for block in blocks]))
+    one = sum(blocks[0].rows(entries[:1]).nbytes for blocks in parts if blocks)
+    for index in entries.split(max(1, BLOCK_BYTES // max(one, 1))):
+        yield index, torch.cat([sum(block.rows(index) for block in blocks) for blocks in parts])  # type: ignore[misc]
+
+
+def gram_by_pairs(function: EmbeddedOutputs, theta: Tensor, survey: Survey, max_bytes: int) -> Tensor:
+    """K = R R^T in float64, `[N * M, N * M]`, from rows held block-wise within `max_bytes`.
+
+    Two blocks are in memory at a time, and rows are made again for every pair: b blocks cost b (b + 1) / 2 passes
+    instead of 1. A block is at least one example, or one batch if its examples cannot be set apart.
+    """
+    height = max_bytes // (2 * len(theta) * theta.element_size())
+    if survey.num_rows <= 2 * height:
+        rows = materialised_root(function, theta, survey).matrix
+        return inner_products(rows, rows)
+    out = torch.zeros(survey.num_rows, survey.num_rows, dtype=torch.float64, device=theta.device)
+    blocks = _blocks(function, theta, survey, height)
+    ends = torch.tensor([part.num_rows for _, part in blocks]).cumsum(0).tolist()
+    places = [slice(end - part.num_rows, end) for end, (_, part) in zip(ends, blocks, strict=True)]
+    for i, here in enumerate(places):
+        left = materialised_root(blocks[i][0], theta, blocks[i][1]).matrix
+        out[here, here] = inner_products(left, left)
+        for j in range(i + 1, len(blocks)):
+            right = materialised_root(blocks[j][0], theta, blocks[j][1]).matrix
+            out[here, places[j]] = inner_products(left, right)
+            out[places[j], here] = out[here, places[j]].T
+    return out
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """A B^T accumulated in float64 over column blocks, without a float64 copy of A or B."""
+    out = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    width = max(BLOCK_BYTES // (8 * max(len(a), len(b))), 1)
+    for start in range(0, a.shape[1], width):
+        left = a[:, start : start + width].double()
+        out += left @ (left if a is b else b[:, start : start + width].double()).T
+    return out
+
+
+def _blocks(
+    function: EmbeddedOutputs, theta: Tensor, survey: Survey, height: int
+) -> list[tuple[EmbeddedOutputs, Survey]]:
+    """The data in order as parts of at most `height` rows, batches cut up or put together for it where possible."""
+    parts: list[list[tuple[Any, int, int]]] = [[]]
+    used = 0
+    for batch, examples, rows in zip(function.batches, survey.examples, survey.rows, strict=True):
+        width = rows // examples
+        for piece, count in _pieces(function, theta, batch, examples, examples if rows <= height else height // width):
+            if parts[-1] and used + count * width > height:
+                parts.append([])
+                used = 0
+            parts[-1].append((piece, count, count * width))
+            used += count * width
+    out = []
+    for part in parts:
+        pieces, counts, rows = zip(*part, strict=True)
+        out.append((function.over(ListBatches(list(pieces))), Survey(rows, counts)))
+    return out
+
+
+def _pieces(function: EmbeddedOutputs, theta: Tensor, batch: Any, examples: int, step: int) -> list[tuple[Any, int]]:
+    """A batch in pieces of `step` examples with their counts; whole if it cannot be cut or its outputs would change."""
+    step = max(step, 1)
+    if step >= examples:
+        return [(batch, examples)]
+    try:
+        pieces = list(TensorBatches(as_tree(batch), step))
+        whole = embed(function.geometry, function.map(theta, batch))
+        split = torch.cat([embed(function.geometry, function.map(theta, piece)) for piece in pieces])
+        if split.shape == whole.shape and bool((split - whole).norm() <= 1e-4 * whole.norm()):
+            return [(piece, min(step, examples - i * step)) for i, piece in enumerate(pieces)]
+    except Exception as error:  # whatever a model says to a smaller batch, the whole one is at hand
+        log.info("a batch stays whole, since the model does not take pieces of it: %s", error)
+    return [(batch, examples)]

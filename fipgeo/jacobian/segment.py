@@ -1,0 +1,91 @@
+"""The root on consecutive batches, held layer by layer as rows or factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fipgeo.jacobian.factors import Block, RowsBlock
+
+BLOCK_BYTES = 2**27
+"""Rows are converted to another precision in blocks of about this size."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The root on consecutive batches whose layers have the same shapes.
+
+    Products are taken in the precision of the vectors.
+
+    Attributes:
+        matrix: Rows for the parameters that are held as rows, `[n * M, columns]`.
+        held: Coordinates and shape of these parameters, in order.
+        blocks: Coordinates, shape and factors of the other parameters.
+        examples: n.
+        height: M.
+    """
+
+    matrix: Tensor
+    held: tuple[tuple[slice, torch.Size], ...]
+    blocks: tuple[tuple[slice, torch.Size, Block], ...]
+    examples: int
+    height: int
+
+    def apply(self, x: Tensor) -> Tensor:
+        """R x: `[k, D]` to `[k, n * M]`."""
+        out = x.new_zeros(len(x), len(self.matrix))
+        if self.matrix.numel():
+            own = x[:, self.spans[0]] if len(self.spans) == 1 else torch.cat([x[:, span] for span in self.spans], -1)
+            for rows in self._rows(x.dtype):
+                out[:, rows] = own @ self.matrix[rows].to(x.dtype).T
+        for where, shape, block in self.blocks:
+            tangent = x[:, where].reshape(len(x), *shape)
+            out += block.to(x.dtype).apply(tangent).reshape(len(self.matrix), len(x)).T
+        return out
+
+    def adjoint(self, y: Tensor, out: Tensor) -> None:
+        """Add R^T y to `out`: `[k, n * M]` to `[k, D]`."""
+        for rows in self._rows(y.dtype) if self.matrix.numel() else ():
+            found, start = y[:, rows] @ self.matrix[rows].to(y.dtype), 0
+            for span in self.spans:
+                width = span.stop - span.start
+                out[:, span] += found[:, start : start + width]
+                start += width
+        stack = y.reshape(len(y), self.examples, self.height).permute(1, 2, 0)
+        for where, shape, block in self.blocks:
+            out[:, where] += block.to(y.dtype).adjoint(stack).reshape(len(y), shape.numel())
+
+    @cached_property
+    def spans(self) -> list[slice]:
+        """Where the columns of the matrix lie among the D coordinates, neighbours put together."""
+        out: list[slice] = []
+        for where, _ in self.held:
+            if out and out[-1].stop == where.start:
+                out[-1] = slice(out[-1].start, where.stop)
+            else:
+                out.append(where)
+        return out
+
+    def parts(self) -> list[tuple[slice, torch.Size, Block]]:
+        """Every parameter as a block, those that are held as rows too."""
+        sizes = [shape.numel() for _, shape in self.held]
+        rows = zip(self.held, self.matrix.split(sizes, -1), strict=True)
+        plain = [
+            (where, shape, RowsBlock(part.unflatten(-1, shape or (1,)), self.examples)) for (where, shape), part in rows
+        ]
+        return [*plain, *self.blocks]
+
+    def _rows(self, dtype: torch.dtype) -> list[slice]:
+        """All rows at once, or block-wise where they are converted."""
+        count = len(self.matrix)
+        step = count if dtype == self.matrix.dtype else max(1, BLOCK_BYTES // (dtype.itemsize * self.matrix.shape[1]))
+        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, activations that several layers share counted once."""
+        held = {t.data_ptr(): t.nbytes for _, _, block in self.blocks for t in block.tensors()}
+        return self.matrix.nbytes + sum(held.values())
