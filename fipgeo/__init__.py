@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from fipgeo import basis, linalg, outputs
 from fipgeo.data import as_batches
-from fipgeo.linalg import LinearOperator, Outcome, Solution, Spectrum
-from fipgeo.metrics import Metric, MetricField, metric
+from fipgeo.field import MetricField, metric
+from fipgeo.jacobian import Sketched, sketch_error, sketch_trace
+from fipgeo.linalg import Density, LinearOperator, Outcome, Solution, Spectrum, principal_angles
+from fipgeo.metrics import Metric
 from fipgeo.model import OutputMap
 from fipgeo.outputs import Bernoulli, Categorical, Cosine, Euclidean, Gaussian, Geometry, Logits
 from fipgeo.paths import (
@@ -44,6 +46,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Cosine",
+    "Density",
     "Euclidean",
     "FirstOrder",
     "GaussNewton",
@@ -60,6 +63,7 @@ __all__ = [
     "PathPoint",
     "PathResult",
     "SaturationWarning",
+    "Sketched",
     "Solution",
     "Sparsity",
     "Spectrum",
@@ -74,6 +78,9 @@ __all__ = [
     "metric",
     "outputs",
     "plotting",
+    "principal_angles",
+    "sketch_error",
+    "sketch_trace",
     "sparsify",
     "walk",
 ]

@@ -2,41 +2,47 @@ r"""The metric of weight space: how much the outputs change when the weights mov
 
     z = phi(F(theta)) [N, M]      R = dz/dtheta [N * M, D]      g = R^T R / N [D, D]
 
-`<u, v>_g` is the mean over the N inputs of the inner product of the output changes along u and v. `MetricField` is g as
-a function of the weights; `Metric` is its value at one point, and is closed under pullback to a basis.
+`<u, v>_g` is the mean over the N inputs of the inner product of the output changes along u and v. `Metric` is g at one
+point, closed under pullback to a basis; `MetricField` is g as a function of the weights.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fipgeo.data import Batches, Generator, as_batches, as_generator
-from fipgeo.jacobian import MAX_BYTES, EmbeddedOutputs, JacobianRoot, inner_products
+from fipgeo.data import Generator, as_batches, as_generator
+from fipgeo.jacobian import MAX_BYTES, JacobianRoot, column_squares, inner_products
+from fipgeo.jacobian.routes import ITERATIONS, SKETCH, SMALL, cheapest_solver, cheapest_spectrum, searched
 from fipgeo.linalg import (
     Dense,
+    Density,
     DualFactor,
     Estimate,
     Gram,
     LinearOperator,
     Solution,
     Spectrum,
+    TensorEstimate,
     cg,
     cholesky,
     dense_eigh,
     dual_eigh,
-    lanczos,
+    lanczos_density,
+    nystrom,
+    root_lanczos,
 )
-from fipgeo.linalg import trace as hutchinson_trace
-from fipgeo.model import ForwardFn, OutputFn, OutputMap
-from fipgeo.outputs import Geometry, as_geometry
-from fipgeo.space import WeightSpace, Where
+from fipgeo.linalg import diagonal as estimate_diagonal
+from fipgeo.linalg import trace as estimate_trace
+from fipgeo.space import Where
 
-SMALL = 4096
-"""Dense factorisations are made up to this size (a float64 matrix of 128 MiB)."""
+METHODS = ("auto", "dual", "dense", "cg", "nystrom")
+"""Ways to solve."""
 
 
 class Metric:
@@ -87,15 +93,20 @@ class Metric:
         """|v|_g: root mean square, over inputs, of the change of the embedded outputs; `[..., D]` to `[...]`."""
         return self.root(v).norm(dim=-1) / self.num_examples**0.5
 
-    def solve(self, rhs: Tensor, damping: float, *, method: str = "auto", rtol: float | None = None) -> Solution:
+    def solve(
+        self, rhs: Tensor, damping: float | Sequence[float] | Tensor, *, method: str = "auto", rtol: float | None = None
+    ) -> Solution:
         """(g + damping I) x = rhs.
 
         Args:
-            rhs: `[..., D]`; a stack is solved at once.
-            damping: Positive, in the units of g's eigenvalues.
+            rhs: `[..., D]`; a stack is solved at once. In float64 on a float32 metric the algebra is float64, over rows
+                of the float32 model where they are held.
+            damping: Positive, in the units of g's eigenvalues; several `[p]` are solved from one factorisation or
+                Krylov space, p being the first axis of the solution.
             method: "dual" (factor the N M x N M Gram, then any damping and right-hand side is cheap), "dense" (factor
-                g), "cg", or "auto": the smaller factorisation if one is at most 4096 wide, else conjugate gradients.
-            rtol: For "cg", the relative residual asked for; None for 1e-6, or what single precision allows.
+                g), "cg" (conjugate gradients), "nystrom" (the same with a randomised low-rank preconditioner), or
+                "auto": what the estimates in `explain` call cheapest.
+            rtol: The relative residual asked for; None for 1e-6, or what single precision allows.
 
         Returns:
             A record with the solution, a verdict and the true relative residual.
@@ -107,21 +118,30 @@ class Metric:
             >>> g = Metric(Dense(torch.tensor([[3.0, 0.0]])), num_examples=1)
             >>> g.solve(torch.tensor([10.0, 1.0]), damping=1.0).value
             tensor([1., 1.])
+            >>> g.solve(torch.tensor([10.0, 1.0]), damping=[1.0, 4.0]).value.shape
+            torch.Size([2, 2])
         """
-        if not damping > 0:
+        numbers = torch.as_tensor(damping, dtype=torch.float64).reshape(-1).tolist()
+        if not numbers or not all(number > 0 for number in numbers):
             raise ValueError(
                 f"damping: got {damping}, expected a positive number: g has rank at most {self.rank_bound} in"
                 f" {self.dim} dimensions, so g alone has no inverse"
             )
-        if method not in ("auto", "dual", "dense", "cg"):
-            raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'cg'")
+        if method not in METHODS:
+            raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
         if method == "auto":
-            method = "cg" if min(self.root.shape) > SMALL else "dual" if self.root.shape[0] <= self.dim else "dense"
+            method = self._route(cheapest_solver, rhs.numel() // self.dim, len(numbers))
         if method == "dual":
-            return self.dual_factor().solve(rhs, damping)
-        self._prepare()
+            return self.dual_factor().solve(rhs, damping, rtol=rtol)
         if method == "dense":
-            return cholesky(self.operator, rhs, damping=damping)
+            self._prepare(self.dim)
+            if len(numbers) > 1:
+                raise ValueError("method: 'dense' factors one damped matrix at a time; use 'dual' or 'cg' for several")
+            return cholesky(self.operator, rhs, damping=numbers[0], rtol=rtol)
+        self._prepare(ITERATIONS * (rhs.numel() // self.dim))
+        if method == "nystrom":
+            near = nystrom(self.operator, min(SKETCH, self.dim)).preconditioner(min(numbers))
+            return cg(self.operator, rhs, damping=damping, rtol=rtol, preconditioner=near)
         return cg(self.operator, rhs, damping=damping, rtol=rtol)
 
     def riemannian_gradient(self, covector: Tensor, damping: float) -> Solution:
@@ -170,16 +190,16 @@ class Metric:
         if method not in ("auto", "dual", "dense", "lanczos"):
             raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'lanczos'")
         if method == "auto":
-            method = (
-                "lanczos" if min(self.root.shape) > SMALL else "dual" if self.root.shape[0] <= self.dim else "dense"
-            )
-        self._prepare()
+            method = self._route(cheapest_spectrum, k)
         if method == "dual":
             found = dual_eigh(self.root, scale=1 / self.num_examples, k=k, gram=self._dual_gram())
         elif method == "dense":
+            self._prepare(self.dim)
             found = dense_eigh(self.operator, k)
         elif k is not None:
-            found = lanczos(self.operator, k, rtol=rtol, generator=as_generator(generator))
+            self._prepare(searched(k))
+            source = as_generator(generator)
+            found = root_lanczos(self.root, k, scale=1 / self.num_examples, rtol=rtol, generator=source)
         else:
             raise ValueError(
                 f"k: all of up to {self.rank_bound} eigenvalues would need a {min(self.root.shape)}-wide factorisation;"
@@ -188,13 +208,70 @@ class Metric:
         found = replace(found, rank_bound=self.rank_bound)
         return found if held_out is None else self._with_held_out(found, held_out)
 
-    def trace(self, *, num_samples: int = 32, generator: Generator = None) -> Estimate:
-        """The trace of g, the mean over inputs of |dz/dtheta|^2: exact where R fits, else by random probes."""
-        self._prepare()
-        squares = _column_squares(self.root)
+    def density(
+        self, *, num_probes: int = 8, num_steps: int = 64, deflate: Spectrum | None = None, generator: Generator = None
+    ) -> Density:
+        """The spectral density of g by stochastic Lanczos quadrature, with error bars (see `linalg.lanczos_density`).
+
+        Its `log_det(damping)`, `effective_dimension(damping)`, `effective_rank()` and counts of eigenvalues are
+        estimates with standard errors. Passing `spectrum(k)` as `deflate` takes those eigenvalues as exact, which
+        narrows the errors much where a few stand out.
+        """
+        self._prepare(num_probes * num_steps)
+        return lanczos_density(
+            self.operator,
+            num_probes=num_probes,
+            num_steps=num_steps,
+            deflate=deflate,
+            generator=as_generator(generator),
+        )
+
+    def log_det(self, damping: float, *, generator: Generator = None) -> Estimate:
+        """Log det(g + damping I): exact through the dual where that is cheap, else by quadrature with a standard error.
+
+        Raises:
+            ValueError: damping is not positive.
+        """
+        if not damping > 0:
+            raise ValueError(f"damping: got {damping}, expected a positive number: g alone is singular")
+        if self._route(cheapest_spectrum, None) == "dual":
+            values = self.dual_factor().eigenvalues
+            rest = (self.dim - len(values)) * math.log(damping)
+            return Estimate(float((values + damping).log().sum()) + rest, 0.0, 0)
+        return self.density(generator=generator).log_det(damping)
+
+    def trace(self, *, num_products: int = 32, method: str = "auto", generator: Generator = None) -> Estimate:
+        """The trace of g, the mean over inputs of |dz/dtheta|^2: exact where R is held, else estimated with an error.
+
+        Args:
+            num_products: Products to spend on an estimate.
+            method: See `linalg.trace`.
+            generator: Random vectors.
+        """
+        self._prepare(num_products)
+        squares = column_squares(self.root)
         if squares is not None:
             return Estimate(float(squares.sum()) / self.num_examples, 0.0, 0)
-        return hutchinson_trace(self.operator, num_samples=num_samples, generator=as_generator(generator))
+        return estimate_trace(
+            self.operator, num_products=num_products, method=method, generator=as_generator(generator)
+        )
+
+    def diagonal(self, *, num_products: int = 32, method: str = "auto", generator: Generator = None) -> TensorEstimate:
+        """The diagonal of g, `[D]`: exact where R is held, else estimated with an error of every entry.
+
+        Args:
+            num_products: Products to spend on an estimate.
+            method: See `linalg.diagonal`.
+            generator: Random vectors.
+        """
+        self._prepare(num_products)
+        squares = column_squares(self.root)
+        if squares is not None:
+            exact = (squares / self.num_examples).to(self.root.dtype)
+            return TensorEstimate(exact, torch.zeros_like(exact), 0)
+        return estimate_diagonal(
+            self.operator, num_products=num_products, method=method, generator=as_generator(generator)
+        )
 
     def rank(self, tol: float | None = None) -> int:
         """Eigenvalues above tol (absolute; None for the rounding level of the largest one).
@@ -202,11 +279,46 @@ class Metric:
         Raises:
             ValueError: The metric is too large for a whole spectrum; ask `spectrum(k).rank(tol)` instead.
         """
-        if self.root.shape[0] > min(self.dim, SMALL):
+        if self._route(cheapest_spectrum, None) != "dual":
             return self.spectrum(None).rank(tol)
-        self._prepare()
         found = dual_eigh(self.root, scale=1 / self.num_examples, gram=self._dual_gram(), vectors=False)
         return found.rank(tol)
+
+    def restrict(self, params: Where) -> Metric:
+        """The metric on some of the weights with all others held fixed: diagonal blocks of g.
+
+        Args:
+            params: Glob, globs or predicate on parameter names (see `WeightSpace`).
+
+        Raises:
+            ValueError: No parameter fits, or this metric was not made from a model.
+        """
+        root = self._of_model("restrict")
+        root.prepare()
+        return Metric(root.restricted(params), self.num_examples)
+
+    def blocks(self, by: str = "module") -> dict[str, Metric]:
+        """One restricted metric for every module that owns weights, or for every parameter tensor.
+
+        Args:
+            by: "module" or "parameter".
+
+        Raises:
+            ValueError: `by` is neither, or this metric was not made from a model.
+
+        Examples:
+            >>> from fipgeo import metric
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+            >>> blocks = metric(net, torch.eye(3), geometry="euclidean").blocks()
+            >>> {name: (g.dim, g.rank()) for name, g in blocks.items()}
+            {'0': (16, 6), '2': (10, 6)}
+        """
+        if by not in ("module", "parameter"):
+            raise ValueError(f"by: got {by!r}, expected 'module' or 'parameter'")
+        groups: dict[str, list[str]] = {}
+        for name in self._of_model("blocks").function.map.space.shapes:
+            groups.setdefault(name.rpartition(".")[0] if by == "module" else name, []).append(name)
+        return {key: self.restrict(lambda name, own=frozenset(names): name in own) for key, names in groups.items()}
 
     def pullback(self, basis: LinearOperator) -> Metric:
         """B^T g B, the metric on the coefficients of a basis B `[D, r]`.
@@ -235,31 +347,44 @@ class Metric:
         if self._origin is not None:
             base, basis = self._origin
             return base.on(inputs, batch_size=batch_size).pullback(basis)
-        if not isinstance(self.root, JacobianRoot):
-            raise ValueError("on: this metric was made from a root, not from a model, so it knows no other inputs")
-        f = self.root.function
-        other = EmbeddedOutputs(f.map, f.geometry, as_batches(inputs, batch_size))
-        root = JacobianRoot(other, self.root.theta, engine=self.root.engine, max_bytes=self.root.max_bytes)
-        return Metric(root, root.survey.num_examples)
+        own = self._of_model("on")
+        other = own.function.renewed(as_batches(inputs, batch_size))
+        root = JacobianRoot(other, own.theta, engine=own.engine, max_bytes=own.max_bytes)
+        return Metric(root, root.survey.normaliser)
 
     def explain(self) -> str:
-        """How products are computed, what that takes, and how far the rank is bounded."""
-        return self.root.explain() if isinstance(self.root, JacobianRoot) else repr(self)
+        """How products are computed, what every engine would take, and which way solves and spectra go."""
+        if not isinstance(self.root, JacobianRoot):
+            return repr(self)
+        solve, few = self._route(cheapest_solver, 1, 1), self._route(cheapest_spectrum, min(20, self.rank_bound))
+        return (
+            f"{self.root.explain()}\nK = R R^T takes {self.root.costs.gram / self.root.costs.forward:.1f} forward"
+            f" passes; a damped solve goes by {solve!r}, up to 20 eigenpairs by {few!r}"
+        )
 
     def __repr__(self) -> str:
         return f"Metric(D={self.dim:,}, N={self.num_examples:,}, rank <= {self.rank_bound:,})"
 
-    def _prepare(self) -> None:
+    def _of_model(self, method: str) -> JacobianRoot:
+        if not isinstance(self.root, JacobianRoot):
+            raise ValueError(f"{method}: this metric was made from a root, not from a model, which it would need")
+        return self.root
+
+    def _prepare(self, products: int) -> None:
         if isinstance(self.root, JacobianRoot):
-            self.root.prepare()
+            self.root.prepare(products)
+
+    def _route(self, cheapest: Callable[..., str], *what: Any) -> str:
+        """The cheapest way to a solution or spectrum; the dual one once its matrix is there."""
+        return "dual" if self._factor is not None or self._gram is not None else cheapest(self.root, *what)
 
     def _dual_gram(self) -> Tensor:
         if self._gram is None:
             if isinstance(self.root, JacobianRoot):
-                return self.root.gram()
-            rows = _rows(self.root)
-            rows = self.root.to_dense() if rows is None else rows
-            self._gram = inner_products(rows, rows)
+                self._gram = self.root.gram()
+            else:
+                rows = self.root.matrix if isinstance(self.root, Dense) else self.root.to_dense()
+                self._gram = inner_products(rows, rows)
         return self._gram
 
     def _with_held_out(self, found: Spectrum, held_out: Any) -> Spectrum:
@@ -267,114 +392,7 @@ class Metric:
         if other.dim != self.dim:
             raise ValueError(f"held_out: a metric in {other.dim} dimensions, expected {self.dim}")
         assert found.vectors is not None
-        other._prepare()
+        other._prepare(len(found.vectors))
         values = other.norm(found.vectors).square()
         captured = float(values.sum() / other.trace().value)
         return replace(found, held_out=values, captured=captured)
-
-
-class MetricField:
-    """g as a function of the weights: model, inputs and geometry, with the point left open.
-
-    Args:
-        model: Any module; evaluated in eval mode, never changed.
-        inputs: Tensor `[N, ...]`, list of batches, or re-iterable loader (see `as_batches`). No labels are needed.
-        geometry: How outputs are compared: "logits" (default), "categorical" (the Fisher), "bernoulli", "euclidean",
-            "gaussian", "cosine", or a `Geometry`.
-        params: Which parameters are coordinates: glob, globs, predicate, or None for all that require a gradient.
-        batch_size: Examples in a batch when `inputs` is a tensor.
-        forward_fn: (model, batch) -> raw outputs, for models with a signature of their own.
-        output_fn: raw outputs -> the tensor or tensors to compare.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        geometry: str | Geometry = "logits",
-        params: Where = None,
-        *,
-        batch_size: int | None = None,
-        forward_fn: ForwardFn | None = None,
-        output_fn: OutputFn | None = None,
-    ) -> None:
-        self.map = OutputMap(model, params, forward_fn=forward_fn, output_fn=output_fn)
-        self.geometry = as_geometry(geometry)
-        self.function = EmbeddedOutputs(self.map, self.geometry, as_batches(inputs, batch_size))
-
-    @property
-    def space(self) -> WeightSpace:
-        """The weight space."""
-        return self.map.space
-
-    def at(self, theta: Tensor | None = None, *, engine: str = "auto", max_bytes: int = MAX_BYTES) -> Metric:
-        """The metric at a flat point `[D]`; at the model's present weights when None."""
-        theta = self.map.point() if theta is None else theta
-        root = JacobianRoot(self.function, theta, engine=engine, max_bytes=max_bytes)
-        return Metric(root, root.survey.num_examples)
-
-    def on(self, batches: Batches) -> MetricField:
-        """The same field on other inputs."""
-        out = object.__new__(MetricField)
-        out.map, out.geometry = self.map, self.geometry
-        out.function = EmbeddedOutputs(self.map, self.geometry, batches)
-        return out
-
-
-def metric(
-    model: nn.Module,
-    inputs: Any,
-    *,
-    geometry: str | Geometry = "logits",
-    params: Where = None,
-    batch_size: int | None = None,
-    forward_fn: ForwardFn | None = None,
-    output_fn: OutputFn | None = None,
-    engine: str = "auto",
-    max_bytes: int = MAX_BYTES,
-) -> Metric:
-    """The metric of a model at its present weights, g = R^T R / N with R = d phi(F(theta)) / d theta.
-
-    Args:
-        model: See `MetricField`.
-        inputs: See `MetricField`.
-        geometry: See `MetricField`.
-        params: See `MetricField`.
-        batch_size: See `MetricField`.
-        forward_fn: See `MetricField`.
-        output_fn: See `MetricField`.
-        engine: How products are computed, "auto", "autodiff" or "materialised" (see `JacobianRoot`).
-        max_bytes: Most memory that rows of R may take.
-
-    Returns:
-        The metric. Later changes of the chosen weights do not move it; the model's other parameters and its buffers are
-        read at every product, so leave those alone while the metric is in use.
-
-    Raises:
-        ValueError: Bad inputs, patterns, outputs or modes; the message names the cure.
-        TypeError: `model` is no module, or `inputs` can be passed over only once.
-
-    Examples:
-        >>> net = nn.Linear(3, 2)
-        >>> g = metric(net, torch.eye(3), geometry="euclidean")
-        >>> round(g.trace().value, 6), g.rank()
-        (4.0, 6)
-    """
-    field = MetricField(
-        model, inputs, geometry, params, batch_size=batch_size, forward_fn=forward_fn, output_fn=output_fn
-    )
-    return field.at(engine=engine, max_bytes=max_bytes)
-
-
-def _column_squares(root: LinearOperator) -> Tensor | None:
-    """The diagonal of R^T R where R is held in memory."""
-    if isinstance(root, JacobianRoot):
-        return root.column_squares()
-    return root.matrix.double().square().sum(0) if isinstance(root, Dense) else None
-
-
-def _rows(root: LinearOperator) -> Tensor | None:
-    """R as a matrix if it is in memory already."""
-    if isinstance(root, JacobianRoot):
-        root = root.rows if root.rows is not None else root
-    return root.matrix if isinstance(root, Dense) else None

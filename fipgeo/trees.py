@@ -60,6 +60,41 @@ def copied(batch: Any, dtype: torch.dtype | None = None) -> Any:
     return type(batch)(copied(value, dtype) for value in batch) if isinstance(batch, list | tuple) else batch
 
 
+FEW = 8
+"""Examples on which a model is looked at before it is used in earnest."""
+
+
+def head(batch: Any, count: int) -> Any:
+    """The first examples of a batch in its own structure; the whole batch where it is not plainly examples first."""
+    lengths = set(_lengths(batch))
+    if len(lengths) != 1 or None in lengths or max(lengths) <= count:  # type: ignore[type-var]
+        return batch
+    return _cut(batch, count)
+
+
+def _lengths(tree: Any) -> Iterator[int | None]:
+    """Sizes of the first axis of every leaf; None for a leaf that has none."""
+    if isinstance(tree, Mapping | list | tuple):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _lengths(value)
+    else:
+        yield len(tree) if isinstance(tree, Tensor) and tree.dim() else None
+
+
+def _cut(tree: Any, count: int) -> Any:
+    if isinstance(tree, Tensor):
+        return tree[:count]
+    if isinstance(tree, MutableMapping):
+        out = copy.copy(tree)
+        for key, value in tree.items():
+            out[key] = _cut(value, count)
+        return out
+    if isinstance(tree, Mapping):
+        return {key: _cut(value, count) for key, value in tree.items()}
+    parts = [_cut(value, count) for value in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+
+
 def input_tensors(tree: Any) -> Iterator[Tensor]:
     """The tensors that a model gets of a batch: anywhere in nested mappings, and of x alone in `(x, y)`."""
     if isinstance(tree, Tensor):

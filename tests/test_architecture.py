@@ -20,6 +20,7 @@ LEVELS = [
     {"basis", "model"},
     {"jacobian"},
     {"metrics"},
+    {"field"},
     {"paths"},
 ]
 ALONE = {"plotting"}  # imports nothing of ours, except for annotations; ours import it only inside a method

@@ -59,7 +59,7 @@ READERS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "spectrum, dense": on_metric(lambda g, v: g.spectrum(2, method="dense")),
     "spectrum, lanczos": on_metric(lambda g, v: g.spectrum(2, method="lanczos"), "autodiff"),
     "spectrum, held out": lambda module, data: metric(module, data).spectrum(2, held_out=data),
-    "trace": on_metric(lambda g, v: g.trace(num_samples=2), "autodiff"),
+    "trace": on_metric(lambda g, v: g.trace(num_products=2), "autodiff"),
     "rank": on_metric(lambda g, v: g.rank()),
     "explain": on_metric(lambda g, v: (g.explain(), repr(g))),
     "inclusion": pulled(lambda space: basis.inclusion(space, "*.weight")),

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
-from fipgeo.jacobian.graphs import Function, Graph, add_into, push_dual
+from fipgeo.jacobian.graphs import Function, Graph, add_into, push_dual, storages
 from fipgeo.linalg import LinearOperator
 from fipgeo.model import NotFiniteError
+from fipgeo.trees import FEW, head
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class AutodiffRoot(LinearOperator):
     @cached_property
     def vectorised(self) -> bool:
         """Whether the model takes several tangents and cotangents at once; tried when a stack first comes."""
-        f = self.function.on(self.function.batches.first())
+        f = self.function.on(head(self.function.batches.first(), FEW))
         two = {n: t.new_zeros(2, *t.shape) for n, t in self.weights.items()}
         with self.function.map.frozen():
             try:
@@ -175,7 +176,7 @@ class AutodiffRoot(LinearOperator):
     def _preflight(self) -> tuple[Push, int]:
         """The first way to push tangents forward that works on the first batch, and the bytes of its graph."""
         function = self.function
-        f = function.on(function.batches.first())
+        f = function.on(head(function.batches.first(), FEW))
         zero = {n: torch.zeros_like(t) for n, t in self.weights.items()}
         first_error: Exception | None = None
         with function.map.frozen():
@@ -183,7 +184,9 @@ class AutodiffRoot(LinearOperator):
                 try:
                     push(f, self.weights, zero)
                     graph = Graph(f, self.weights)
-                    num_bytes = sum(graph.storages().values())
+                    fixed = storages(self.weights.values())
+                    held = sum(size for where, size in graph.storages().items() if where not in fixed)
+                    num_bytes = held * self.survey.rows[0] // graph.z.numel()
                     gradient = graph.pull(torch.ones_like(graph.z), keep=False)
                 except (RuntimeError, NotImplementedError) as error:
                     first_error = first_error or error

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fipgeo.data import TensorBatches
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
 from fipgeo.jacobian.plan import BYTE, STACK, Plan, plan, trace
-from fipgeo.jacobian.rows import as_tree
+from fipgeo.trees import FEW, head
+
+WIDE = 2
+"""Single-precision operations that take as long as one in float64, on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,23 @@ class Costs:
     Attributes:
         forward: Operations of one forward pass over the data.
         engines: Cost by engine.
+        gram: Operations that make K = R R^T in float64, differentiation included.
         bytes_by_name: Least memory of the factors of every parameter, over all the data.
     """
 
     forward: float
     engines: Mapping[str, Cost]
+    gram: float
     bytes_by_name: Mapping[str, float]
 
     def cheapest(self, products: float, max_bytes: float) -> str:
         """The engine that takes least for a number of products, among those that fit."""
         fitting = {name: cost for name, cost in self.engines.items() if cost.num_bytes <= max_bytes}
         return min(fitting, key=lambda name: fitting[name].total(products))
+
+    def least(self, products: float, max_bytes: float) -> float:
+        """Operations for a number of products by the engine that is cheapest for them."""
+        return self.engines[self.cheapest(products, max_bytes)].total(products)
 
     def table(self, max_bytes: float) -> str:
         """One line an engine."""
@@ -80,14 +87,12 @@ def size(num_bytes: float) -> str:
 
 def estimate(function: EmbeddedOutputs, weights: Weights, survey: Survey, max_bytes: float) -> Costs:
     """Estimate from the first batch, or a few examples of it; inside `function.map.frozen()`."""
-    batch, few = _few(function.batches.first(), survey.examples[0])
+    batch = head(function.batches.first(), FEW)
     height = survey.rows[0] // survey.examples[0]
     itemsize, count = function.map.space.dtype.itemsize, survey.num_examples
-    tracing = trace(function, weights, batch, few)
     with FlopCounterMode(display=False) as counter:
-        z = function.on(batch)(weights)
-    if z.numel() != few * height:  # rows are not the same number for every example: count on the whole batch instead
-        few = max(1, z.numel() // height)
+        few = max(1, function.on(batch)(weights).numel() // height)
+    tracing = trace(function, weights, batch, few)
     dim = sum(t.numel() for t in weights.values())
     shapes = {name: t.shape for name, t in weights.items()}
     activations = itemsize * sum(site.numel for site in tracing.sites) / few
@@ -97,8 +102,8 @@ def estimate(function: EmbeddedOutputs, weights: Weights, survey: Survey, max_by
     rows = survey.num_rows * dim * itemsize
     making = height * forward * 1.2
     engines = {
-        "autodiff": Cost(0.0, 7 * forward * count, 0.0),
-        "linearised": Cost(40 * forward * count + 1e11, 4.5 * forward * count, 4 * activations * count),
+        "autodiff": Cost(0.0, 6 * forward * count, 0.0),
+        "linearised": Cost(18 * forward * count, 3.6 * forward * count, 3 * activations * count),
         "factored": Cost(
             (making + 8 * forward + _rows_flops(mixed)) * count, mixed.cost * count, mixed.num_bytes * count
         ),
@@ -106,17 +111,10 @@ def estimate(function: EmbeddedOutputs, weights: Weights, survey: Survey, max_by
             3 * making * count + BYTE * rows, (4 + 2 * BYTE * itemsize / STACK) * survey.num_rows * dim, rows
         ),
     }
-    return Costs(forward * count, engines, _bytes_by_name(small, shapes, height * itemsize, count))
-
-
-def _few(batch: Any, examples: int) -> tuple[Any, int]:
-    """A few examples of a batch, or all of them where they cannot be taken out."""
-    few = min(examples, 4)
-    try:
-        tree = TensorBatches(as_tree(batch), few)
-        return (tree.take(torch.arange(few)), few) if len(tree) == examples > few else (batch, examples)
-    except (TypeError, ValueError):
-        return batch, examples
+    by_name = _bytes_by_name(small, shapes, height * itemsize, count)
+    groups = max(1.0, sum(by_name.values()) / max_bytes)
+    gram = groups * engines["factored"].setup + WIDE * mixed.pair * survey.num_rows**2
+    return Costs(forward * count, engines, gram, by_name)
 
 
 def _rows_flops(chosen: Plan) -> float:

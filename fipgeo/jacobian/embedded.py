@@ -12,7 +12,7 @@ from torch import Tensor
 from fipgeo.data import Batches
 from fipgeo.model import NotFiniteError, OutputError, OutputMap
 from fipgeo.outputs import Geometry, embed, over_entries
-from fipgeo.trees import same_batch
+from fipgeo.trees import FEW, head, same_batch
 
 Weights = Mapping[str, Tensor]
 
@@ -158,7 +158,7 @@ class EmbeddedOutputs:
                 holds other values than 0 and 1 or leaves no position at all.
         """
         first = self.batches.first()
-        self.map.check(self.inputs(first), theta)
+        self.map.check(self.inputs(head(first, FEW)), theta)
         rows, examples, counted, lost = [], [], [], 0
         for index, (batch, outputs) in enumerate(self.outputs(theta)):
             if index == 0 and not same_batch(first, batch):

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -62,6 +62,17 @@ class FactoredRoot(LinearOperator):
         """The same root with products in float64, block by block; what is held stays as it is."""
         out = copy.copy(self)
         out.dtype = torch.float64
+        return out
+
+    def restricted(self, chosen: Sequence[slice]) -> FactoredRoot:
+        """The columns of some parameters, given by their coordinates; nothing is copied but rows."""
+        ends = list(accumulate(where.stop - where.start for where in chosen))
+        places = {
+            where.start: slice(end - (where.stop - where.start), end) for where, end in zip(chosen, ends, strict=True)
+        }
+        out = FactoredRoot.__new__(FactoredRoot)
+        LinearOperator.__init__(out, (self.shape[0], ends[-1]), dtype=self.dtype, device=self.device)
+        out.segments = tuple(segment.restricted(places) for segment in self.segments)
         return out
 
     def gram(self) -> Tensor:

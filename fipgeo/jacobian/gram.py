@@ -15,7 +15,6 @@ from fipgeo.jacobian.factors import Block
 from fipgeo.jacobian.materialised import materialised_root
 from fipgeo.jacobian.rows import as_tree
 from fipgeo.jacobian.segment import Segment
-from fipgeo.outputs import embed
 
 log = logging.getLogger(__name__)
 
@@ -140,8 +139,10 @@ def _pieces(function: EmbeddedOutputs, theta: Tensor, batch: Any, examples: int,
         return [(batch, examples)]
     try:
         pieces = list(TensorBatches(as_tree(batch), step))
-        whole = embed(function.geometry, function.map(theta, batch))
-        split = torch.cat([embed(function.geometry, function.map(theta, piece)) for piece in pieces])
+        with function.map.frozen():
+            weights = function.map.named(theta)
+            whole = function.on(batch)(weights)
+            split = torch.cat([function.on(piece)(weights) for piece in pieces])
         if split.shape == whole.shape and bool((split - whole).norm() <= 1e-4 * whole.norm()):
             return [(piece, min(step, examples - i * step)) for i, piece in enumerate(pieces)]
     except Exception as error:  # whatever a model says to a smaller batch, the whole one is at hand

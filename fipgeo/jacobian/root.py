@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fipgeo.basis import inclusion
 from fipgeo.jacobian.autodiff import AutodiffRoot
 from fipgeo.jacobian.cost import Costs, estimate, size
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey
 from fipgeo.jacobian.factored import FactoredRoot, gram_by_parameters
 from fipgeo.jacobian.gram import gram_by_pairs
+from fipgeo.jacobian.linearised import LinearisedRoot
 from fipgeo.jacobian.materialised import materialised_root
-from fipgeo.linalg import Dense, LinearOperator
+from fipgeo.jacobian.sketch import drawn
+from fipgeo.linalg import Dense, LinearOperator, doubled
+from fipgeo.space import Where
 
 log = logging.getLogger(__name__)
-
-
-class LinearisedRoot(AutodiffRoot):
-    pass
 
 ENGINES = ("auto", "autodiff", "linearised", "factored", "materialised")
 MAX_BYTES = 2**30
@@ -70,8 +71,8 @@ class JacobianRoot(LinearOperator):
             raise ValueError(f"theta: got shape {list(theta.shape)}, expected a flat point [{space.dim}]")
         with torch.inference_mode(False):
             self.theta = theta.detach().clone().to(space.device, space.dtype)
-        self.function = function
-        self.survey = function.survey(self.theta) if survey is None else survey
+        self.function = drawn(function, self.theta)
+        self.survey = self.function.survey(self.theta) if survey is None else survey
         super().__init__((self.survey.num_rows, space.dim), dtype=space.dtype, device=space.device)
         self.engine, self.max_bytes = engine, max_bytes
         self._using: LinearOperator | None = None
@@ -131,6 +132,20 @@ class JacobianRoot(LinearOperator):
                 self._gram = self._gram_in_parts()
         return self._gram
 
+    def restricted(self, params: Where) -> LinearOperator:
+        """The columns of some parameters, from what is held where it is held; `[N * M, d]`.
+
+        Raises:
+            ValueError: No parameter fits.
+        """
+        space = self.function.map.space
+        chosen = [space.slices()[name] for name in space.subset(params).shapes]
+        if isinstance(self._using, FactoredRoot):
+            return self._using.restricted(chosen)
+        if isinstance(self._using, Dense):
+            return Dense(torch.cat([self._using.matrix[:, where] for where in chosen], -1))
+        return self @ inclusion(space, params)
+
     def column_squares(self) -> Tensor | None:
         """The diagonal of R^T R in float64, `[D]`, where the engine in use holds R; None otherwise."""
         if isinstance(self._using, FactoredRoot):
@@ -147,7 +162,7 @@ class JacobianRoot(LinearOperator):
 
     def double(self) -> LinearOperator | None:
         """The same root with float64 algebra over what is held; None where products pass through the model."""
-        return self._using.double() if isinstance(self._using, FactoredRoot | Dense) else None
+        return doubled(self._using) if isinstance(self._using, FactoredRoot | Dense) else None
 
     def explain(self) -> str:
         """The engine in use, and estimates for every engine in forward passes over the data and memory."""
@@ -162,7 +177,7 @@ class JacobianRoot(LinearOperator):
     def _cheapest(self, products: float) -> str:
         costs = self.costs
         open_ = {name: cost for name, cost in costs.engines.items() if name not in self._unfit}
-        return Costs(costs.forward, open_, costs.bytes_by_name).cheapest(products, self.max_bytes)
+        return replace(costs, engines=open_).cheapest(products, self.max_bytes)
 
     def _change(self, engine: str) -> None:
         """Set an engine up; what turns out not to work for this model is not tried again."""
@@ -231,3 +246,10 @@ class JacobianRoot(LinearOperator):
     def _normal(self, x: Tensor) -> Tensor:
         self._spend(1.0, len(x))
         return self._operator._normal(x)
+
+
+def column_squares(root: LinearOperator) -> Tensor | None:
+    """The diagonal of R^T R in float64, `[D]`, where R is held in memory; None otherwise."""
+    if isinstance(root, JacobianRoot | FactoredRoot):
+        return root.column_squares()
+    return root.matrix.double().square().sum(0) if isinstance(root, Dense) else None

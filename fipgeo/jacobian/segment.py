@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,6 +58,18 @@ class Segment:
         stack = y.reshape(len(y), self.examples, self.height).permute(1, 2, 0)
         for where, shape, block in self.blocks:
             out[:, where] += block.to(y.dtype).adjoint(stack).reshape(len(y), shape.numel())
+
+    def restricted(self, places: Mapping[int, slice]) -> Segment:
+        """Some parameters only, given by their first coordinate, with new places."""
+        sizes = [shape.numel() for _, shape in self.held]
+        kept = [
+            (part, (places[where.start], shape))
+            for part, (where, shape) in zip(self.matrix.split(sizes, -1), self.held, strict=True)
+            if where.start in places
+        ]
+        matrix = torch.cat([part for part, _ in kept], -1) if kept else self.matrix[:, :0]
+        blocks = tuple((places[w.start], shape, block) for w, shape, block in self.blocks if w.start in places)
+        return Segment(matrix, tuple(held for _, held in kept), blocks, self.examples, self.height)
 
     @cached_property
     def spans(self) -> list[slice]:

@@ -4,6 +4,7 @@ Vectors are rows of stacks `[k, n]`. Letters: `A: R^n -> R^m` an operator, R a r
 stacked vectors or eigenpairs. Methods return records with a verdict and residuals measured by true products.
 """
 
+from fipgeo.linalg._precision import doubled
 from fipgeo.linalg._stacks import as_generator
 from fipgeo.linalg.angles import overlap, principal_angles
 from fipgeo.linalg.density import Density
@@ -47,6 +48,7 @@ __all__ = [
     "dense_eigh",
     "dense_gap",
     "diagonal",
+    "doubled",
     "dual_eigh",
     "from_scipy",
     "lanczos",

@@ -24,7 +24,6 @@ def trace(
     num_products: int = 32,
     method: str = "auto",
     generator: Generator = None,
-    num_samples: int | None = None,
 ) -> Estimate:
     """`tr A` with its standard error, in few stacks of products.
 
@@ -48,7 +47,6 @@ def trace(
         method: one of the above; "auto" takes "xnystrace" for a declared psd operator, otherwise "xtrace"
             (from four products on, below that "hutchinson").
         generator: generator or seed; None for the fixed seed 0.
-        num_samples: short for "hutchinson" with as many products.
 
     Returns:
         Estimate. `NOT_FINITE` with value NaN: a product was not finite. `BREAKDOWN` with value NaN: the
@@ -70,10 +68,8 @@ def trace(
         True
     """
     _require_square(operator, "trace")
-    if num_samples is not None:
-        num_products, method = num_samples, "hutchinson"
     least = {"auto": 1, "hutchinson": 1, "hutch++": 3, "xtrace": 2, "xnystrace": 1}
-    _require(method, num_products, least, "num_samples" if num_samples is not None else "num_products")
+    _require(method, num_products, least, "num_products")
     if method == "xnystrace" and not operator.psd:
         raise ValueError("xnystrace needs a psd operator; build it with psd=True, or take method='xtrace'")
     n = operator.shape[0]

@@ -62,7 +62,7 @@ class Compensation:
             if self.root.shape[0] <= MAX_ROWS:
                 self.gram = (self.masked.matrix @ self.masked.matrix.T).double()
         else:
-            total = float(trace(Gram(self.masked), num_samples=4).value)
+            total = float(trace(Gram(self.masked), num_products=4).value)
         if not math.isfinite(total):
             raise NotFiniteError(
                 "model: the derivative of its outputs is NaN or infinite, so there is no metric to step in"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fipgeo.data import Batches, Generator
 from fipgeo.linalg import as_generator
-from fipgeo.metrics import MetricField
+from fipgeo.field import MetricField
 from fipgeo.model import NotFiniteError
 from fipgeo.outputs import Geometry
 from fipgeo.paths.compensate import Compensation

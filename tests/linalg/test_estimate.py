@@ -217,7 +217,7 @@ def test_hutchinson_has_the_variance_of_the_theory(seed: int) -> None:
     found = trace(Dense(dense, psd=True), method="hutchinson", num_products=400, generator=seed)
     assert abs(float(found) - float(dense.trace())) < 5 * found.std_error
     assert found.std_error == pytest.approx(float((2 * off.square().sum() / 400).sqrt()), rel=0.35)
-    assert found == trace(Dense(dense, psd=True), num_samples=400, generator=seed)
+    assert found == trace(Dense(dense, psd=True), method="hutchinson", num_products=400, generator=seed)
     entries = diagonal(Dense(torch.block_diag(dense, draw(0, 500, 500))), method="hutchinson", num_products=400)
     assert torch.allclose(entries.std_error[:30], (off.square().sum(1) / 400).sqrt(), rtol=0.35, atol=1e-12)
 
@@ -329,7 +329,7 @@ def test_misuse_is_refused() -> None:
             estimator(square, method="best")
     with pytest.raises(ValueError, match="num_products is 2, expected at least 3 for method='hutch\\+\\+'"):
         trace(square, num_products=2, method="hutch++")
-    with pytest.raises(ValueError, match="num_samples is 0"):
-        trace(square, num_samples=0)
+    with pytest.raises(ValueError, match="num_products is 0"):
+        trace(square, method="hutchinson", num_products=0)
     with pytest.raises(ValueError, match="psd=True, or take method='xtrace'"):
         trace(square, method="xnystrace")
