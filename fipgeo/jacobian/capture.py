@@ -204,7 +204,8 @@ def _smooth(t: Tensor) -> bool:
 
 
 def _bind(names: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return dict.fromkeys(names.split()) | dict(zip(names.split(), args, strict=False)) | dict(kwargs)
+    out: dict[str, Any] = dict.fromkeys(names.split())
+    return out | dict(zip(names.split(), args, strict=False)) | dict(kwargs)
 
 
 def _linear(seen: Recorder, func: Callable, out: Tensor, args: tuple, kwargs: Any) -> Read:
@@ -219,7 +220,7 @@ def _product(seen: Recorder, func: Callable, out: Tensor, args: tuple, kwargs: A
     a = _bind("input other", args, kwargs)
     x, weight = a["input"], a["other"] if a["other"] is not None else a.get("mat2")
     name = seen.name(weight)
-    if name is None or seen.name(x) or weight.dim() != 2 or x.dim() < 2:
+    if weight is None or name is None or seen.name(x) or weight.dim() != 2 or x.dim() < 2:
         return None
     return [(x, Term("linear", name, options={"transposed": True}))], 1
 
@@ -267,11 +268,11 @@ def _normalisation(names: str, channels_first: bool) -> Callable[..., Read]:
     def read(seen: Recorder, func: Callable, out: Tensor, args: tuple, kwargs: Any) -> Read:
         a = _bind(names, args, kwargs)
         weight, bias = a["weight"], a.get("bias")
-        if weight is None and bias is None:
+        affine = [p for p in (weight, bias) if p is not None]
+        if not affine:
             return None
-        size = (weight if weight is not None else bias).dim()
         ones = (1,) * (out.dim() - 2) if channels_first else ()
-        trail = 1 + len(ones) if channels_first else size
+        trail = 1 + len(ones) if channels_first else affine[0].dim()
         found = []
         if seen.name(weight):
             given = {key: value for key, value in a.items() if value is not None and key not in ("weight", "bias")}

@@ -44,7 +44,7 @@ class Block(ABC):
         return None
 
     def squares(self) -> Tensor | None:
-        """Sums of squares of R over its rows, `[*shape]` in float64, where it is cheaper than by rows; None otherwise."""
+        """Sums of squares of R over its rows, `[*shape]` in float64, where cheaper than by rows; None otherwise."""
         return None
 
     @abstractmethod
@@ -214,7 +214,7 @@ class EmbeddingBlock(Block):
 
     def rows(self, index: Tensor) -> Tensor:
         """R for some of the table's entries, in ascending order."""
-        place = torch.searchsorted(index, self.ids).clamp(max=len(index) - 1)
+        place = torch.searchsorted(index, self.ids.contiguous()).clamp(max=len(index) - 1)
         hit = index[place] == self.ids
         out = self.b.new_zeros(*self.b.shape[:2], len(index), self.b.shape[-1])
         where = place[:, None, :, None].expand(*self.b.shape)

@@ -79,11 +79,13 @@ class Form:
         factored: Whether factors are held.
         num_bytes: Memory for one example.
         flops: Operations of one product R^T R v for one example and vector.
+        pair: Operations of the inner product of two rows.
     """
 
     factored: bool
     num_bytes: int
     flops: int
+    pair: int
 
     @property
     def cost(self) -> int:
@@ -94,14 +96,15 @@ class Form:
 def forms(site: Site, term: Term, shape: torch.Size, examples: int, rows: int, itemsize: int) -> list[Form]:
     """The ways to hold a term, with `rows` rows an example."""
     size, outputs = shape.numel(), site.numel // examples
-    plain = Form(False, rows * size * itemsize, 4 * rows * size)
+    plain = Form(False, rows * size * itemsize, 4 * rows * size, 2 * size)
     if term.kind in ("scale", "shift"):
         return [plain]
     if term.kind == "embedding":
-        return [Form(True, (rows * outputs) * itemsize + 8 * term.inputs, 4 * rows * outputs)]
+        return [Form(True, (rows * outputs) * itemsize + 8 * term.inputs, 4 * rows * outputs, 2 * size)]
     # every output meets as many weights as there are for one feature
     work = outputs * size // site.trailing[0]
-    return [plain, Form(True, (rows * outputs + term.inputs) * itemsize, 4 * work + 4 * rows * outputs)]
+    pair = 2 * outputs if term.kind == "linear" and outputs == site.trailing[0] else 2 * size
+    return [plain, Form(True, (rows * outputs + term.inputs) * itemsize, 4 * work + 4 * rows * outputs, pair)]
 
 
 Key = tuple[int, str]
@@ -117,12 +120,14 @@ class Plan:
         uncovered: Parameters with no site, whose rows come from plain differentiation.
         num_bytes: Memory for one example, all parameters together.
         flops: Operations of one product R^T R v for one example and vector.
+        pair: Operations of the inner product of two rows.
     """
 
     chosen: Mapping[Key, Form]
     uncovered: tuple[str, ...]
     num_bytes: int
     flops: int
+    pair: int
 
     @property
     def cost(self) -> int:
@@ -149,16 +154,17 @@ def plan(
         excluded: Parameters whose sites are not to be used.
     """
     uses: dict[str, dict[Key, list[Form]]] = {}
+    shapes = {name: torch.Size(shape) for name, shape in shapes.items() if torch.Size(shape).numel()}
     for place, site in enumerate(tracing.sites):
         for term in site.terms:
-            if term.name not in excluded and term.name not in tracing.outside:
-                found = forms(site, term, torch.Size(shapes[term.name]), tracing.examples, rows, itemsize)
+            if term.name in shapes and term.name not in excluded and term.name not in tracing.outside:
+                found = forms(site, term, shapes[term.name], tracing.examples, rows, itemsize)
                 uses.setdefault(term.name, {})[place, term.name] = found
     ways = {name: found for name in uses if (found := _ways(uses[name]))}
     chosen = {name: min(found, key=_cost) for name, found in ways.items()}
     least = {name: min(found, key=_bytes) for name, found in ways.items()}
     uncovered = tuple(name for name in shapes if name not in ways)
-    left = rows * itemsize * sum(torch.Size(shapes[name]).numel() for name in uncovered)
+    left = rows * itemsize * sum(shapes[name].numel() for name in uncovered)
     saving = {name: _bytes(way) - _bytes(least[name]) for name, way in chosen.items()}
     total = left + sum(map(_bytes, chosen.values()))
     for name in sorted(saving, key=lambda name: -saving[name]):
@@ -168,7 +174,8 @@ def plan(
         total -= saving[name]
     held = {key: form for way in chosen.values() for key, form in way.items()}
     flops = 4 * left // itemsize + sum(form.flops for form in held.values())
-    return Plan(held, uncovered, total, flops)
+    pair = 2 * left // (rows * itemsize) + sum(form.pair for form in held.values())
+    return Plan(held, uncovered, total, flops, pair)
 
 
 Way = Mapping[Key, Form]
@@ -180,7 +187,7 @@ def _ways(uses: Mapping[Key, list[Form]]) -> list[Way]:
     rows = {key: form for key, forms in uses.items() for form in forms if not form.factored}
     factors = {key: form for key, forms in uses.items() for form in forms if form.factored}
     first = next(iter(uses))
-    summed = {key: form if key == first else Form(False, 0, 0) for key, form in rows.items()}
+    summed = {key: form if key == first else Form(False, 0, 0, 0) for key, form in rows.items()}
     return [way for way in (summed, factors) if len(way) == len(uses)]
 
 
