@@ -208,8 +208,12 @@ def slow_index(site: Site, first: Tensor, last: Tensor, examples: int) -> bool |
         last: The same for the last example.
         examples: n.
     """
+    fitting = []
     for major in (True, False):
         elsewhere = site.arranged(first, examples, major=major)[1:], site.arranged(last, examples, major=major)[:-1]
         if not any(bool(part.any()) for part in elsewhere):
-            return major
-    return None
+            fitting.append(major)
+    if len(fitting) == 2:  # a single example, or no derivative at all: only the shape can tell
+        lead = site.shape[: len(site.shape) - site.trail]
+        return not lead or lead[0] == examples or lead[-1] != examples
+    return fitting[0] if fitting else None

@@ -161,6 +161,10 @@ def test_the_layout_is_read_off_derivatives() -> None:
     t = torch.arange(80.0).view(4, 5, 4)
     assert torch.equal(site.arranged(t, EXAMPLES, major=False), t.transpose(0, 1))
     assert slow_index(site, torch.ones(4, 5, 4), none, EXAMPLES) is None
+    assert slow_index(site, none, none, EXAMPLES) is False  # no derivative at all: by the shape
+    assert slow_index(site, none, none, 4) is slow_index(site, none, none, 2) is True
+    single = traced(module, inputs[:1], 1).sites[0]
+    assert slow_index(single, torch.ones(single.shape), torch.ones(single.shape), 1) is False
 
 
 def test_batches_of_other_sizes_trace_alike_and_other_lengths_do_not() -> None:

@@ -157,6 +157,13 @@ def test_an_example_without_derivative_shows_nothing_about_layouts(name: str, qu
         check(factored(wrapped, models.cut(batch, *sizes), GENEROUS), expected)
 
 
+def test_a_batch_without_derivative_shows_nothing_about_layouts() -> None:
+    module, inputs = prepared(KINDS["time first"])
+    batch = {"x": inputs, "gate": torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0])}
+    wrapped = Gated(module)
+    check(factored(wrapped, models.cut(batch, 3, 2), GENEROUS), oracles.root(wrapped, batch))
+
+
 class Gated(nn.Module):
     """A network some of whose outputs are switched off."""
 
