@@ -138,20 +138,25 @@ class _Builder:
             yield self._segment(list(run))
 
     def _pieces(self) -> Iterator[_Piece]:
-        function, whole = self.function, None
+        function = self.function
         for batch, examples, rows in zip(function.batches, self.survey.examples, self.survey.rows, strict=True):
             height = rows // examples
             step = self._step(batch, examples, height)
             parts = [batch] if step >= examples else list(TensorBatches(as_tree(batch), step))
-            if whole is None and len(parts) > 1:
-                whole = function.on(batch)(self.weights)
-                split = torch.cat([function.on(part)(self.weights) for part in parts[:2]])
-                if not torch.allclose(split, whole[: len(split)], rtol=1e-3, atol=1e-4 * float(whole.abs().max())):
-                    raise ValueError("engine: an output of this model depends on the other examples of its batch")
+            if len(parts) > 1:
+                self._check_apart(batch, parts)
             for part in parts:
                 count = examples if len(parts) == 1 else min(step, examples)
                 examples -= count
                 yield _Piece(part, trace(function, self.weights, part, count, self.names), height)
+
+    def _check_apart(self, batch: Any, parts: list[Any]) -> None:
+        """Refuse a batch whose outputs are others when its examples come a few at a time."""
+        whole = self.function.on(batch)(self.weights)
+        split = torch.cat([self.function.on(part)(self.weights) for part in parts])
+        coarse = max(1e-4, 8 * max(torch.finfo(t.dtype).eps for t in self.weights.values()))
+        if split.shape != whole.shape or float((split - whole).abs().max()) > coarse * float(whole.abs().max()):
+            raise ValueError("engine: an output of this model depends on the other examples of its batch")
 
     def _step(self, batch: Any, examples: int, height: int) -> int:
         """How many examples to take at a time; all where they cannot be set apart."""
@@ -187,22 +192,23 @@ class _Builder:
 
     def _fill(self, store: Store, run: list[_Piece]) -> set[str]:
         """Fill a store; the parameters whose factors turned out wrong on the first piece, if any."""
-        start = 0
+        counts = [piece.tracing.examples for piece in run]
+        starts = [sum(counts[:i]) for i in range(len(run))]
         maker = RowMaker(self.function, self.weights, store.plan.uncovered)
-        for piece in run:
-            self._factors(store, piece, start)
-            n = piece.tracing.examples
+        # the largest piece comes first: a single example shows neither layouts nor whether examples interact
+        for place, i in enumerate(sorted(range(len(run)), key=lambda i: -counts[i])):
+            piece, n, start = run[i], counts[i], starts[i]
+            self._factors(store, piece, start, first_piece=place == 0)
             if store.plan.uncovered:
                 rows = torch.cat(list(maker.blocks(piece.batch, n, n * store.height)))
                 sizes = [self.shapes[name].numel() for name in store.plan.uncovered]
                 for name, part in zip(store.plan.uncovered, rows.split(sizes, -1), strict=True):
                     store.put_rows(name, part.unflatten(0, (n, -1)), start, 0)
-            if start == 0 and (wrong := self._disagreeing(store, piece)):
+            if place == 0 and (wrong := self._disagreeing(store, piece, start)):
                 return wrong
-            start += n
         return set()
 
-    def _factors(self, store: Store, piece: _Piece, start: int) -> None:
+    def _factors(self, store: Store, piece: _Piece, start: int, *, first_piece: bool) -> None:
         """Differentiate the outputs of one piece by the outputs of its sites."""
         tracing, n, height = piece.tracing, piece.tracing.examples, store.height
 
@@ -216,7 +222,7 @@ class _Builder:
         if not probes:
             return
         z, pull, inputs = vjp(probed, probes, has_aux=True)
-        if start == 0:
+        if first_piece:
             store.majors = _majors(tracing, pull, z)
         step = max(1, min(height, int(self.max_bytes / 8 // (sum(p.nbytes for p in probes) + 1))))
         for first in range(0, height, step):
@@ -228,13 +234,13 @@ class _Builder:
                 if store.majors[place] is not None:
                     store.put(place, site, gradients[place], inputs, n, start, first)
 
-    def _disagreeing(self, store: Store, piece: _Piece) -> set[str]:
+    def _disagreeing(self, store: Store, piece: _Piece, start: int) -> set[str]:
         """Parameters whose part of R^T u differs from the pullback's, for one u on the first piece."""
         z, pull = pull_back(self.function.on(piece.batch), self.weights)
         u = torch.linspace(-1.0, 1.3, z.numel(), dtype=z.dtype, device=z.device).cos()
         expected = pull(u)[0]
         found = torch.zeros(1, self.space.dim, dtype=self.dtype, device=z.device)
-        store.segment(piece.tracing.examples).adjoint(u[None].to(self.dtype), found)
+        store.segment(piece.tracing.examples, start).adjoint(u[None].to(self.dtype), found)
         coarse = 8 * max(torch.finfo(t.dtype).eps for t in self.weights.values())
         scale = max(float(expected[name].norm()) for name in self.shapes)
         wrong = set()

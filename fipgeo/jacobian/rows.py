@@ -86,14 +86,14 @@ class RowMaker:
             whole = TensorBatches(as_tree(batch), 2)
             few = whole.take(torch.arange(min(2, examples)))
             rows = torch.cat(list(self._by_example(few, 2)))
-            z, pull = pull_back(self._on(few), self.chosen)
+            z, pull = pull_back(self._on(batch), self.chosen)  # the whole batch: a small one may go another way
         except Exception as error:  # whatever a model says to a single example under vmap, whole batches are at hand
             log.info("rows are made from whole batches, since examples cannot be vectorised: %s", error)
             return False
-        if len(whole) != examples or len(rows) != z.numel():
+        if len(whole) != examples or len(rows) * examples != z.numel() * min(2, examples):
             return False
-        u = torch.linspace(-1.0, 1.3, z.numel(), dtype=z.dtype, device=z.device)
-        expected = self._ravel(pull(u)[0])
+        u = torch.linspace(-1.0, 1.3, len(rows), dtype=z.dtype, device=z.device)
+        expected = self._ravel(pull(torch.cat([u, u.new_zeros(z.numel() - len(u))]))[0])
         gap = (u.to(rows.dtype) @ rows - expected).norm()
         coarse = max(torch.finfo(t.dtype).eps for t in self.weights.values())
         return bool(gap <= max(1e-3, 8 * coarse) * expected.norm())
