@@ -174,7 +174,8 @@ class Metric:
             held_out: Other inputs, or a `Metric` at the same point: the record then also holds how strongly *their*
                 outputs feel the same directions, and the share of their trace that the directions capture. The null
                 space of a small buffer is not the null space of the data; this says by how much.
-            rtol: For "lanczos", the residual asked for, relative to the largest eigenvalue; None as for `solve`.
+            rtol: The residual asked for, relative to the largest eigenvalue; None as for `solve`, or all digits of a
+                factorisation.
             generator: Start vector of "lanczos".
 
         Returns:
@@ -192,7 +193,7 @@ class Metric:
         if method == "auto":
             method = self._route(cheapest_spectrum, k)
         if method == "dual":
-            found = dual_eigh(self.root, scale=1 / self.num_examples, k=k, gram=self._dual_gram())
+            found = dual_eigh(self.root, scale=1 / self.num_examples, k=k, gram=self._dual_gram(), rtol=rtol)
         elif method == "dense":
             self._prepare(self.dim)
             found = dense_eigh(self.operator, k)

@@ -107,6 +107,11 @@ class JacobianRoot(LinearOperator):
         return "autodiff" if self._using is None else kinds[type(self._using)]
 
     @property
+    def block(self) -> int:
+        """Vectors that a block method best multiplies together: several where products wait for memory."""
+        return 4 if isinstance(self._using, FactoredRoot | Dense) else 1
+
+    @property
     def rows(self) -> Dense | None:
         """R as rows, if they are in memory."""
         return self._using if isinstance(self._using, Dense) else None

@@ -1,9 +1,12 @@
 """Arithmetic on stacks of vectors `[k, n]`: sums in float64, orthonormal complements, seeded draws."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-_BLOCK = 2**16  # columns summed in the dtype of the vectors
+_BLOCK = 2**16  # columns multiplied in the dtype of the vectors
+_PIECE = 2**10  # columns summed in the dtype of the vectors
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -12,13 +15,20 @@ def wide(device: torch.device) -> torch.dtype:
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
-    """Row by row `<x_i, y_i>`, `[k, n]` twice to `[k]`, accumulated in float64."""
-    return torch.sum(x * y, dim=-1, dtype=wide(x.device))
+    """Row by row `<x_i, y_i>`, `[k, n]` twice to `[k]`: short sums in their own dtype, added in float64."""
+    return _added(x * y, lambda part: part.sum(-1))
 
 
 def norms(x: Tensor) -> Tensor:
-    """Row by row `|x_i|`, `[k, n]` to `[k]` in float64."""
-    return dots(x, x).sqrt()
+    """Row by row `|x_i|`, `[k, n]` to `[k]`: short sums in the dtype of x, added in float64."""
+    return _added(x, lambda part: torch.linalg.vector_norm(part, dim=-1), power=2).sqrt()
+
+
+def _added(x: Tensor, reduce: Callable[[Tensor], Tensor], power: int = 1) -> Tensor:
+    """Rows reduced in short pieces, several times faster than a sum that converts every number, then added."""
+    whole = x.shape[-1] - x.shape[-1] % _PIECE
+    parts = [x[:, :whole].unflatten(-1, (-1, _PIECE)), x[:, whole:].unsqueeze(1)]
+    return sum(reduce(part).to(wide(x.device)).pow(power).sum(-1) for part in parts)  # type: ignore[return-value]
 
 
 def scaled(factors: Tensor, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fipgeo.linalg._stacks import as_generator, norms, scaled, wide
+from fipgeo.linalg._stacks import as_generator, inner, norms, scaled, wide
 from fipgeo.linalg._system import require_spectrum, tolerance
 from fipgeo.linalg.factor import DualFactor
 from fipgeo.linalg.krylov import Search, lanczos
@@ -74,7 +74,7 @@ def root_lanczos(
         found = search.spectrum(outcome, complete)
         if found.vectors is None or not len(found.values):
             return replace(found, dim=n, rank_bound=root.rank_bound)
-        back = torch.linalg.qr(root.adjoint(found.vectors).T).Q.T.contiguous()
+        back = _orthonormal(root.adjoint(found.vectors))
         search.num_products += 2 * len(back)
         residuals = norms(Gram(root, scale)(back) - scaled(found.values, back))
         worst = float(residuals.max() / found.values[0].abs()) if float(found.values[0]) else 0.0
@@ -104,6 +104,7 @@ def dual_eigh(
     k: int | None = None,
     gram: Tensor | None = None,
     vectors: bool = True,
+    rtol: float | None = None,
 ) -> Spectrum:
     """Largest eigenpairs of `scale R^T R` through the float64 Gram matrix `K = R R^T` of a short root.
 
@@ -120,6 +121,8 @@ def dual_eigh(
         gram: K, `[m, m]`, if it is known; None computes `root.gram()`.
         vectors: whether to make the vectors `[k, n]`, by k adjoint products, and measure their residuals, by
             k normal ones.
+        rtol: a residual, relative to the largest eigenvalue, that is good enough for a few pairs; None for all
+            digits that there are.
 
     Returns:
         Spectrum; `complete` if all values left out are below its `tolerance()`.
@@ -137,7 +140,7 @@ def dual_eigh(
     if k is not None and not 1 <= k <= bound:
         raise ValueError(f"k is {k}, expected 1 to {bound}, the smaller size of a root of shape {root.shape}")
     if vectors and k is not None and root.shape[0] >= _WIDE and k * _FEW <= bound:
-        found = _few(root, scale, k, gram)
+        found = _few(root, scale, k, gram, rtol)
         if found is not None:
             return found
     factor = DualFactor(root, gram, scale)
@@ -149,16 +152,29 @@ def dual_eigh(
 
 
 def _mapped_back(root: LinearOperator, vectors: Tensor) -> Tensor:
-    return torch.linalg.qr(root.adjoint(vectors.to(root.dtype)).T).Q.T.contiguous()
+    return _orthonormal(root.adjoint(vectors.to(root.dtype)))
 
 
-def _few(root: LinearOperator, scale: float, k: int, gram: Tensor | None) -> Spectrum | None:
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows of the same nested spans: by the small Gram matrix where rows are nearly orthogonal already."""
+    gram = inner(rows, rows).cpu().double()
+    lengths = gram.diagonal().sqrt()
+    if bool(torch.isfinite(gram).all()) and bool((lengths > 0).all()):
+        lower, info = torch.linalg.cholesky_ex(gram / torch.outer(lengths, lengths))
+        if not int(info) and float(lower.diagonal().min()) > 0.5:
+            inverse = torch.linalg.inv(lower) / lengths
+            return inverse.to(rows.device, rows.dtype) @ rows
+    return torch.linalg.qr(rows.T).Q.T.contiguous()
+
+
+def _few(root: LinearOperator, scale: float, k: int, gram: Tensor | None, rtol: float | None) -> Spectrum | None:
     """The k largest pairs by Lanczos on K, None where that does not end in time."""
     m = root.shape[0]
     dual = root.gram() if gram is None else gram.to(wide(root.device))
     if dual.shape != (m, m):
         return None  # the factorisation words the complaint
     accuracy = 1e-2 * torch.finfo(root.dtype).eps if root.dtype.itemsize < 8 else 1e-13
+    accuracy = accuracy if rtol is None else max(accuracy, 0.1 * rtol)
     operator = Dense(dual, psd=True)
     search = lanczos(operator, k, rtol=accuracy, block_size=_DENSE_BLOCK, max_products=max(200, m // 2))
     if search.vectors is None or search.outcome not in (Outcome.CONVERGED, Outcome.STAGNATED):
