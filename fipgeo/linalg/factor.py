@@ -172,7 +172,7 @@ class DualFactor:
         if not bool(torch.isfinite(dual).all()):
             raise ValueError("gram (R R^T) has entries that are not finite; check the root's products")
         self.num_products = min(root.shape) if gram is None else 0
-        self._dual = ((dual + dual.T) / 2).to(dtype or dual.dtype)
+        self.dual = ((dual + dual.T) / 2).to(dtype or dual.dtype)
         self._eigen: tuple[Tensor, Tensor] | None = None
         self._last: tuple[float, Tensor] | None = None
         self._num_factored = 0
@@ -190,7 +190,7 @@ class DualFactor:
     @torch.no_grad()
     def _decomposed(self) -> tuple[Tensor, Tensor]:
         if self._eigen is None:
-            values, vectors = torch.linalg.eigh(self._dual)
+            values, vectors = torch.linalg.eigh(self.dual)
             self._eigen, self._last = (values.flip(0).clamp(min=0), vectors.flip(1).T), None
         return self._eigen
 
@@ -198,7 +198,7 @@ class DualFactor:
         """`y -> (scale K + damping)^{-1} y` on stacks `[k, m]`."""
         if self._eigen is None:
             if self._last is None or self._last[0] != damping:
-                factor = _cholesky(self.scale * self._dual, damping)
+                factor = _cholesky(self.scale * self.dual, damping)
                 self._num_factored += 1
                 self._last = None if factor is None else (damping, factor)
             if self._last is not None:

@@ -13,6 +13,7 @@ from fipgeo.linalg.nodes import Dense, Gram
 from fipgeo.linalg.operator import LinearOperator
 from fipgeo.linalg.result import Outcome, Spectrum
 
+_CLEAR = 1e5  # from singular values above this many eps of the largest, vectors come out orthogonal
 _WIDE = 400  # from this many rows on a few eigenvectors of a Gram matrix are found faster by Lanczos
 _DENSE_BLOCK = 4
 _FEW = 20  # ... if they are less than one in 20
@@ -147,24 +148,46 @@ def dual_eigh(
     k = bound if k is None else k
     if not vectors:
         return _record(factor.operator, factor.eigenvalues, k, None, factor.num_products)
-    back = _mapped_back(root, factor.vectors[:k])
-    return _record(factor.operator, factor.eigenvalues, k, back, factor.num_products + k)
+    return _mapped_back(root, scale, factor.eigenvalues, factor.vectors[:k], factor.dual, factor.num_products + k)
 
 
-def _mapped_back(root: LinearOperator, vectors: Tensor) -> Tensor:
-    return _orthonormal(root.adjoint(vectors.to(root.dtype)))
+def _mapped_back(
+    root: LinearOperator, scale: float, values: Tensor, vectors: Tensor, dual: Tensor, num_products: int
+) -> Spectrum:
+    """The record of eigenvectors u `[k, m]` of K as vectors `v = R^T c`, c being u made orthonormal under K.
+
+    Then `scale R^T R v - lambda v = R^T (scale R v - lambda c)`, which is how residuals are measured.
+    """
+    operator, k = Gram(root, scale), len(vectors)
+    turn = _orthonormalising(vectors @ dual @ vectors.T)
+    floor = max((_CLEAR * torch.finfo(root.dtype).eps) ** 2, _CLEAR * torch.finfo(dual.dtype).eps)
+    if turn is None or bool((values[:k] <= floor * values[0]).any()):
+        # the vectors of eigenvalues that are zero to rounding are filled up from the complement
+        back = torch.linalg.qr(root.adjoint(vectors.to(root.dtype)).T).Q.T.contiguous()
+        return _record(operator, values, k, back, num_products)
+    c = (turn @ vectors).to(root.dtype)
+    back = root.adjoint(c)
+    misses = root.adjoint(scale * root(back) - scaled(values[:k], c))
+    return _record(operator, values, k, back, num_products + k, norms(misses))
+
+
+def _orthonormalising(gram: Tensor) -> Tensor | None:
+    """The matrix that makes nearly orthogonal rows with these inner products orthonormal; None where they are not."""
+    lengths = gram.diagonal().clamp(min=0).sqrt()
+    if not bool(torch.isfinite(gram).all()) or not bool((lengths > 0).all()):
+        return None
+    lower, info = torch.linalg.cholesky_ex(gram / torch.outer(lengths, lengths))
+    if int(info) or float(lower.diagonal().min()) < 0.5:
+        return None
+    return torch.linalg.inv(lower) / lengths
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal rows of the same nested spans: by the small Gram matrix where rows are nearly orthogonal already."""
-    gram = inner(rows, rows).cpu().double()
-    lengths = gram.diagonal().sqrt()
-    if bool(torch.isfinite(gram).all()) and bool((lengths > 0).all()):
-        lower, info = torch.linalg.cholesky_ex(gram / torch.outer(lengths, lengths))
-        if not int(info) and float(lower.diagonal().min()) > 0.5:
-            inverse = torch.linalg.inv(lower) / lengths
-            return inverse.to(rows.device, rows.dtype) @ rows
-    return torch.linalg.qr(rows.T).Q.T.contiguous()
+    """Orthonormal rows of the same nested spans."""
+    turn = _orthonormalising(inner(rows, rows).cpu().double())
+    if turn is None:
+        return torch.linalg.qr(rows.T).Q.T.contiguous()
+    return turn.to(rows.device, rows.dtype) @ rows
 
 
 def _few(root: LinearOperator, scale: float, k: int, gram: Tensor | None, rtol: float | None) -> Spectrum | None:
@@ -175,14 +198,14 @@ def _few(root: LinearOperator, scale: float, k: int, gram: Tensor | None, rtol: 
         return None  # the factorisation words the complaint
     accuracy = 1e-2 * torch.finfo(root.dtype).eps if root.dtype.itemsize < 8 else 1e-13
     accuracy = accuracy if rtol is None else max(accuracy, 0.1 * rtol)
-    operator = Dense(dual, psd=True)
+    operator = Dense(dual.to(root.dtype) if accuracy > 100 * torch.finfo(root.dtype).eps else dual, psd=True)
     search = lanczos(operator, k, rtol=accuracy, block_size=_DENSE_BLOCK, max_products=max(200, m // 2))
     if search.vectors is None or search.outcome not in (Outcome.CONVERGED, Outcome.STAGNATED):
         return None
     rest = scale * (dual.trace() - search.values.sum()) if search.complete else torch.inf
     values = scale * search.values.clamp(min=0)
     spent = k + (min(root.shape) if gram is None else 0)
-    found = _record(Gram(root, scale), values, k, _mapped_back(root, search.vectors), spent)
+    found = _mapped_back(root, scale, values, search.vectors.to(dual.dtype), dual, spent)
     return replace(found, complete=bool(abs(rest) <= m * found.tolerance()))
 
 
@@ -216,7 +239,14 @@ def dense_eigh(operator: LinearOperator, k: int | None = None, max_bytes: int = 
     return _record(operator, values.flip(0), k, vectors, n)
 
 
-def _record(operator: LinearOperator, values: Tensor, k: int, vectors: Tensor | None, num_products: int) -> Spectrum:
+def _record(
+    operator: LinearOperator,
+    values: Tensor,
+    k: int,
+    vectors: Tensor | None,
+    num_products: int,
+    residuals: Tensor | None = None,
+) -> Spectrum:
     """The k largest of all values, with residuals by true products if there are vectors."""
     values = values.to(operator.dtype)
     found = Spectrum(
@@ -230,7 +260,9 @@ def _record(operator: LinearOperator, values: Tensor, k: int, vectors: Tensor | 
     complete = bool((values[k:].abs() <= found.tolerance()).all())
     if vectors is None:
         return replace(found, complete=complete)
-    residuals = norms(operator(vectors) - scaled(values[:k], vectors)).to(operator.dtype)
+    if residuals is None:
+        residuals = norms(operator(vectors) - scaled(values[:k], vectors))
+    residuals = residuals.to(operator.dtype)
     outcome = Outcome.CONVERGED if bool(torch.isfinite(residuals).all()) else Outcome.NOT_FINITE
     return replace(
         found,
