@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from fipgeo.data import TensorBatches
 from fipgeo.jacobian.autodiff import pull_back, vectorised
 from fipgeo.jacobian.capture import Recorder
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey
 from fipgeo.jacobian.gram import column_squares, gram_of_segments
-from fipgeo.jacobian.plan import Same, Tracing, plan, slow_index, trace
+from fipgeo.jacobian.graphs import HOOKS
+from fipgeo.jacobian.plan import Same, Tracing, plan, slow_index, trace, traced
 from fipgeo.jacobian.rows import RowMaker, as_tree
 from fipgeo.jacobian.segment import Segment
 from fipgeo.jacobian.store import Store
 from fipgeo.linalg import LinearOperator
 
 log = logging.getLogger(__name__)
+
+SMALL = 2**17
+"""On CPUs, cotangents are pulled back together as long as one of them has at most so many numbers to be taken by."""
 
 
 class FactoredRoot(LinearOperator):
@@ -127,7 +131,8 @@ class _Builder:
     ) -> None:
         self.function, self.survey, self.max_bytes = function, survey, max_bytes
         self.space, self.dtype = function.map.space, theta.dtype
-        self.weights = function.map.named(theta)
+        # autograd takes no tensor that was made in inference mode
+        self.weights = function.map.named(theta.clone() if theta.is_inference() else theta)
         self.shapes = {n: torch.Size(shape) for n, shape in self.space.shapes.items() if not names or n in names}
         self.names = {id(t): name for name, t in self.weights.items() if name in self.shapes}
 
@@ -143,17 +148,19 @@ class _Builder:
             height = rows // examples
             step = self._step(batch, examples, height)
             parts = [batch] if step >= examples else list(TensorBatches(as_tree(batch), step))
+            counts = [min(step, examples - start) for start in range(0, examples, step)]
+            found = [
+                traced(function, self.weights, part, count, self.names)
+                for part, count in zip(parts, counts, strict=True)
+            ]
             if len(parts) > 1:
-                self._check_apart(batch, parts)
-            for part in parts:
-                count = examples if len(parts) == 1 else min(step, examples)
-                examples -= count
-                yield _Piece(part, trace(function, self.weights, part, count, self.names), height)
+                self._check_apart(batch, torch.cat([z for _, z in found]))
+            for part, (tracing, _) in zip(parts, found, strict=True):
+                yield _Piece(part, tracing, height)
 
-    def _check_apart(self, batch: Any, parts: list[Any]) -> None:
+    def _check_apart(self, batch: Any, split: Tensor) -> None:
         """Refuse a batch whose outputs are others when its examples come a few at a time."""
         whole = self.function.on(batch)(self.weights)
-        split = torch.cat([self.function.on(part)(self.weights) for part in parts])
         coarse = max(1e-4, 8 * max(torch.finfo(t.dtype).eps for t in self.weights.values()))
         if split.shape != whole.shape or float((split - whole).abs().max()) > coarse * float(whole.abs().max()):
             raise ValueError("engine: an output of this model depends on the other examples of its batch")
@@ -212,24 +219,26 @@ class _Builder:
         """Differentiate the outputs of one piece by the outputs of its sites."""
         tracing, n, height = piece.tracing, piece.tracing.examples, store.height
 
-        def probed(probes: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-            with Recorder(self.names, n, probes, tracing.overwritten) as seen:
-                z = self.function.on(piece.batch)(self.weights)
-            return z, seen.inputs
-
-        some = next(iter(self.weights.values()))
-        probes = tuple(torch.zeros(site.shape, dtype=some.dtype, device=some.device) for site in tracing.sites)
-        if not probes:
+        if not tracing.sites:
             return
-        z, pull, inputs = vjp(probed, probes, has_aux=True)
+        some = next(iter(self.weights.values()))
+        zero = some.new_zeros(())  # expanded: nothing is stored for the probes
+        probes = [zero.expand(site.shape).requires_grad_() for site in tracing.sites]
+        with (
+            torch.enable_grad(),
+            disable_saved_tensors_hooks(HOOKS),
+            Recorder(self.names, n, probes, tracing.overwritten) as seen,
+        ):
+            z = self.function.on(piece.batch)(self.weights)
+        inputs = [x.detach() for x in seen.inputs]
         if first_piece:
-            store.majors = _majors(tracing, pull, z)
+            store.decide(_majors(tracing, z, probes))
         step = max(1, min(height, int(self.max_bytes / 8 // (sum(p.nbytes for p in probes) + 1))))
         for first in range(0, height, step):
             count = min(step, height - first)
             u = z.new_zeros(count, n, height)
             u[torch.arange(count), :, torch.arange(first, first + count)] = 1.0
-            gradients = _pulled(pull, u.flatten(1))
+            gradients = _pulled(z, probes, u.flatten(1))
             for place, site in enumerate(tracing.sites):
                 if store.majors[place] is not None:
                     store.put(place, site, gradients[place], inputs, n, start, first)
@@ -255,19 +264,28 @@ class _Builder:
         return wrong
 
 
-def _majors(tracing: Tracing, pull: Callable, z: Tensor) -> list[bool | None]:
+def _majors(tracing: Tracing, z: Tensor, probes: Sequence[Tensor]) -> list[bool | None]:
     """For every site, how the examples lie in its output (see `slow_index`)."""
-    u = torch.zeros_like(z).view(tracing.examples, -1)
+    u = torch.zeros_like(z, requires_grad=False).view(tracing.examples, -1)
     ramp = torch.linspace(-1.0, 1.3, u.shape[1], dtype=z.dtype, device=z.device)
     ends = [torch.tensor([i], device=z.device) for i in (0, len(u) - 1)]
-    first, last = (pull(u.index_fill(0, end, 1.0).mul(ramp).flatten())[0] for end in ends)
+    first, last = (_pull(z, probes, u.index_fill(0, end, 1.0).mul(ramp).flatten()) for end in ends)
     return [slow_index(site, a, b, tracing.examples) for site, a, b in zip(tracing.sites, first, last, strict=True)]
 
 
-def _pulled(pull: Callable, u: Tensor) -> tuple[Tensor, ...]:
-    """Gradients by the probes for a stack of cotangents, `[c, n * M]`."""
-    try:
-        return vectorised(lambda one: pull(one)[0])(u)  # type: ignore[return-value]
-    except (RuntimeError, ValueError) as error:
-        log.info("factors are made one output at a time, since the model cannot be vectorised: %s", error)
-        return tuple(map(torch.stack, zip(*(pull(one)[0] for one in u), strict=True)))
+def _pull(z: Tensor, probes: Sequence[Tensor], u: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of `u^T z` by the probes."""
+    if not z.requires_grad:
+        return tuple(torch.zeros_like(p, requires_grad=False) for p in probes)
+    return torch.autograd.grad(z, probes, u.view_as(z), retain_graph=True, allow_unused=True, materialize_grads=True)
+
+
+def _pulled(z: Tensor, probes: Sequence[Tensor], u: Tensor) -> list[Sequence[Tensor]]:
+    """Gradients by every probe for a stack of cotangents, `[c, n * M]`: together where that saves calls."""
+    if u.device.type != "cpu" or sum(p.numel() for p in probes) <= SMALL:
+        try:
+            found = vectorised(lambda one: _pull(z, probes, one))(u)
+            return [gradients.unbind() for gradients in found]
+        except (RuntimeError, ValueError) as error:
+            log.info("factors are made one output at a time, since the model cannot be vectorised: %s", error)
+    return list(zip(*(_pull(z, probes, one) for one in u), strict=True))

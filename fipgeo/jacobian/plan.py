@@ -65,10 +65,17 @@ def trace(
         examples: n.
         names: Names by `id` of the weights to look for; None for all.
     """
+    return traced(function, weights, batch, examples, names)[0]
+
+
+def traced(
+    function: EmbeddedOutputs, weights: Weights, batch: object, examples: int, names: Mapping[int, str] | None = None
+) -> tuple[Tracing, Tensor]:
+    """As `trace`, with z from the same evaluation."""
     names = {id(t): name for name, t in weights.items()} if names is None else names
     with Recorder(names, examples) as seen:
-        function.on(batch)(weights)
-    return Tracing(tuple(seen.sites), seen.overwritten(), examples, frozenset(seen.outside))
+        z = function.on(batch)(weights)
+    return Tracing(tuple(seen.sites), seen.overwritten(), examples, frozenset(seen.outside)), z
 
 
 @dataclass(frozen=True)

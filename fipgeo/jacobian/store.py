@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,17 +32,24 @@ class Store:
             if name in plain:
                 self.columns[name] = slice(width, width + shape.numel())
                 width += shape.numel()
-        self.matrix = torch.zeros(examples, height, width, dtype=self.dtype, device=self.device)
+        self.matrix = torch.empty(examples, height, width, dtype=self.dtype, device=self.device)
         self.second: dict[tuple[int, str], Tensor] = {}
         self.first: dict[tuple[int, bool], Tensor] = {}
         self.used: dict[tuple[int, str], tuple[Site, Term]] = {}
 
+    def decide(self, majors: list[bool | None]) -> None:
+        """Take note of how the examples lie at every site; rows that are sums, or never come, start at zero."""
+        self.majors = majors
+        missing = {name for place, name in self.plan.chosen if majors[place] is None}
+        for name in self.columns.keys() & (self.shared | missing):
+            self.matrix[..., self.columns[name]] = 0.0
+
     def put(
-        self, place: int, site: Site, gradient: Tensor, inputs: list[Tensor], n: int, start: int, first: int
+        self, place: int, site: Site, gradients: Sequence[Tensor], inputs: list[Tensor], n: int, start: int, first: int
     ) -> None:
-        """Take the derivatives by one site's output, `[c, *shape]`, of n examples, for outputs from `first` on."""
+        """Take the derivatives by one site's output, c of its shape, of n examples, for outputs from `first` on."""
         major = bool(self.majors[place])
-        b = site.arranged(gradient, n, 1, major=major).transpose(0, 1).to(self.dtype)  # [n, c, q, *trail]
+        b = torch.stack([site.arranged(g, n, major=major) for g in gradients], 1).to(self.dtype)  # [n, c, q, *trail]
         for term in site.terms:
             form = self.plan.chosen.get((place, term.name))
             if form is None:
@@ -114,9 +122,7 @@ class Store:
 
 def _reduced(part: Tensor, aligned: tuple[int, ...]) -> Tensor:
     """Sum `[n, c, q, *trail]` over positions and over axes along which the parameter is repeated: `[n, c, columns]`."""
-    part = part.sum(2)
-    trail = part.dim() - 2
-    for axis, size in enumerate((1,) * (trail - len(aligned)) + aligned):
-        if size == 1 and part.shape[2 + axis] != 1:
-            part = part.sum(2 + axis, keepdim=True)
-    return part.reshape(*part.shape[:2], -1)
+    trail = part.dim() - 3
+    sizes = (1,) * (trail - len(aligned)) + aligned
+    repeated = [axis for axis, size in enumerate((1, *sizes), 2) if size == 1 and part.shape[axis] != 1]
+    return (part.sum(repeated) if repeated else part).reshape(*part.shape[:2], -1)
