@@ -67,7 +67,8 @@ class Compensation:
             raise NotFiniteError(
                 "model: the derivative of its outputs is NaN or infinite, so there is no metric to step in"
             )
-        self.scale = total / self.num_examples / max(min(self.root.shape[0], int(free.sum())), 1)
+        rows = kept.survey.num_rows - kept.survey.lost
+        self.scale = total / self.num_examples / max(min(rows, int(free.sum())), 1)
         self.damped(damping)
 
     def damped(self, damping: float) -> Compensation:

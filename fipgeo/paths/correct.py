@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fipgeo.model import OutputMap
-from fipgeo.outputs import embed
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.kept import Kept, Position
 
@@ -132,10 +131,10 @@ class FirstOrder(Corrector):
     """Adam on minibatches of the protected inputs (Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015).
 
     The loss is mean |z - z_0|^2 / mean |z_0|^2 + tap_weight * mean over taps of mean (h - h_0)^2 / var h_0, where the
-    taps h are hidden outputs: they give many more constraints an input when inputs are few. Moments are kept from one
-    correction to the next; the learning rate is constant, and decays along a cosine in the last correction. Where the
-    model has BatchNorm, minibatches are normalised by themselves while weights move, and the running statistics are
-    re-estimated at the end.
+    taps h are hidden outputs: they give many more constraints an input when inputs are few. Where there is a mask, taps
+    that start with its axes are compared at the positions that count. Moments are kept from one correction to the next;
+    the learning rate is constant, and decays along a cosine in the last correction. Where the model has BatchNorm,
+    minibatches are normalised by themselves while weights move, and the running statistics are re-estimated at the end.
 
     Attributes:
         steps: Minibatches in one correction.
@@ -180,7 +179,7 @@ class FirstOrder(Corrector):
             optimizer.state[theta] = {key: value.clone() for key, value in moments.items()}
         cost = 0.0
         for t in range(steps):
-            batch, z0 = kept.draw(self.batch_size, generator)
+            batch, z0, _ = kept.draw(self.batch_size, generator)
             here = replace(position, theta=theta)
             theta.grad = self._gradient(kept, here, batch, z0, taps) * free
             optimizer.param_groups[0]["lr"] = self.lr * (0.5 * (1 + math.cos(math.pi * t / steps)) if final else 1.0)
@@ -200,8 +199,10 @@ class FirstOrder(Corrector):
         with model.frozen(batch_statistics=bool(model.normalisers)), torch.enable_grad():
             theta = position.theta.detach().requires_grad_()
             outputs, hidden = model.tapped(model.named(theta), batch, taps)
-            loss = (embed(function.geometry, outputs) - z0).square().sum() / len(z0) / kept.scale
-            pairs = [(h, h0) for h, h0 in zip(hidden, hidden0, strict=True) if float(h0.std(correction=0)) > 0]
+            loss = (function.embedded(outputs, batch) - z0).square().sum() / len(z0) / kept.scale
+            mask = next((m for m in function.masks(outputs, batch) if m is not None), None)
+            pairs = [(_counting(h, mask), _counting(h0, mask)) for h, h0 in zip(hidden, hidden0, strict=True)]
+            pairs = [(h, h0) for h, h0 in pairs if h0.numel() and float(h0.std(correction=0)) > 0]
             parts = [(h - h0).square().mean() / h0.var(correction=0) for h, h0 in pairs]
             if parts:
                 loss = loss + self.tap_weight * sum(parts) / len(parts)
@@ -211,3 +212,10 @@ class FirstOrder(Corrector):
     def _hidden(model: OutputMap, theta: Tensor, batch: Any, taps: list[str]) -> list[Tensor]:
         with model.frozen():
             return model.tapped(model.named(theta), batch, taps)[1]
+
+
+def _counting(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """A hidden output at the positions that count; all of it where it does not start with the mask's axes."""
+    if mask is None or hidden.dim() <= mask.dim() or hidden.shape[: mask.dim()] != mask.shape:
+        return hidden
+    return hidden[mask]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fipgeo.data import Batches, Generator
-from fipgeo.linalg import as_generator
 from fipgeo.field import MetricField
+from fipgeo.linalg import as_generator
 from fipgeo.model import NotFiniteError
 from fipgeo.outputs import Geometry
 from fipgeo.paths.compensate import Compensation
@@ -132,8 +132,11 @@ def _prepared(
         inside, outside = field.function.batches.split(held_out, random)
     start = Position(field.map.point(), field.map.normalisation()) if begun is None else begun.start
     function = replace(field.function, map=field.map.with_buffers(start.buffers))
-    kept = Kept.of(replace(function, batches=inside), start.theta)
-    verdict = Verdict(replace(function, batches=outside), start.theta)
+    protected, unseen = replace(function, batches=inside), replace(function, batches=outside)
+    if function.mask is not None:  # a mask of other values than 0 and 1, or of nothing, is said before the first step
+        protected.survey(start.theta)
+        unseen.survey(start.theta)
+    kept, verdict = Kept.of(protected, start.theta), Verdict(unseen, start.theta)
     walker = _Walker(objective, method, kept, verdict, objective.counted(field.map), random, generator_start)
     if resume is None or begun is None:
         walker.state = PathState(start, start, method.control.initial, objective=objective.begin(kept, start))
@@ -245,7 +248,7 @@ class _Walker:
             sparsity=float((theta[self.counted] == 0).double().mean()),
             cost=state.cost,
             seconds=state.seconds,
-            num_held_out=self.verdict.num_examples,
+            num_held_out=self.verdict.num_compared,
             tensors=tensors | dict(state.position.buffers),
         )
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fipgeo.data import Batches, Generator, as_batches
+from fipgeo.field import MetricField
 from fipgeo.jacobian import MAX_BYTES
-from fipgeo.metrics import MetricField
+from fipgeo.jacobian.embedded import Mask
 from fipgeo.model import ForwardFn, OutputFn
 from fipgeo.outputs import Geometry
 from fipgeo.paths.control import StepControl
@@ -50,6 +51,7 @@ def sparsify(
     batch_size: int | None = None,
     forward_fn: ForwardFn | None = None,
     output_fn: OutputFn | None = None,
+    mask: Mask = None,
     generator: Generator = None,
     progress: bool = False,
     callback: Callback | None = None,
@@ -78,6 +80,8 @@ def sparsify(
         batch_size: Examples in a batch when data are tensors (default 256).
         forward_fn: (model, batch) -> raw outputs.
         output_fn: raw outputs -> the tensor or tensors to compare.
+        mask: Which positions of outputs `[n, T, ..., C]` are compared (see `MetricField`). An input counts as changed
+            if the prediction at any of these positions is.
         generator: Source of all randomness; None for a fixed seed.
         progress: Show a bar.
         callback: Called with the numbers of every accepted point.
@@ -99,7 +103,7 @@ def sparsify(
     """
     Sparsity(sparsity, exclude)  # a wrong target is said before the model is looked at
     data = _batches(inputs, batch_size, "inputs")
-    field = MetricField(model, data, geometry, params, forward_fn=forward_fn, output_fn=output_fn)
+    field = MetricField(model, data, geometry, params, forward_fn=forward_fn, output_fn=output_fn, mask=mask)
     _look(field)
     chosen = _corrector(corrector, field)
     exact = isinstance(chosen, GaussNewton)
@@ -144,6 +148,7 @@ def adapt(
     batch_size: int | None = None,
     forward_fn: ForwardFn | None = None,
     output_fn: OutputFn | None = None,
+    mask: Mask = None,
     generator: Generator = None,
     progress: bool = False,
     callback: Callback | None = None,
@@ -174,6 +179,8 @@ def adapt(
         batch_size: Examples in a batch when data are tensors (default 100 for new data).
         forward_fn: (model, batch) -> raw outputs, for old and new batches.
         output_fn: raw outputs -> the tensor or tensors to compare.
+        mask: Which positions of the old outputs `[n, T, ..., C]` are compared (see `MetricField`); `loss_fn` masks new
+            ones itself.
         generator: Source of all randomness; None for a fixed seed.
         progress: Show a bar.
         callback: Called with the numbers of every accepted point.
@@ -186,7 +193,7 @@ def adapt(
         ValueError: The budget is below the first step, the loss is no finite scalar, or bad inputs.
     """
     old = _batches(keep, batch_size, "keep")
-    field = MetricField(model, old, geometry, params, forward_fn=forward_fn, output_fn=output_fn)
+    field = MetricField(model, old, geometry, params, forward_fn=forward_fn, output_fn=output_fn, mask=mask)
     _look(field)
     new = _batches(new_batches, batch_size or 100, "new_batches")
     objective = NewTask(
@@ -243,8 +250,11 @@ def _corrector(corrector: str | Corrector, field: MetricField) -> Corrector:
 
 def _look(field: MetricField) -> None:
     """Check the model on the first batch; say so when the geometry is nearly blind at its outputs."""
-    outputs = field.map.check(field.function.batches.first())
-    openness = min(field.geometry.openness(f) for f in outputs)
+    batch = field.function.batches.first()
+    outputs = field.map.check(batch)
+    counting = zip(outputs, field.function.masks(outputs, batch), strict=True)
+    counting = (f if m is None else f[m] for f, m in counting)
+    openness = min((field.geometry.openness(f) for f in counting if f.numel()), default=1.0)
     if openness < 0.05:
         warnings.warn(
             f"geometry {field.geometry} is saturated: its metric keeps {openness:.1%} of its strength at this model's"

@@ -230,9 +230,12 @@ def metric_diagonal(
     total, seen = torch.zeros_like(position.theta), 0
     with function.map.frozen():
         for _ in range(samples):
-            batch, z0 = kept.draw(batch_size, generator)
+            batch, z0, live = kept.draw(batch_size, generator)
             z, pull = torch.func.vjp(function.on(batch), weights)[:2]
-            signs = torch.randint(2, z.shape, generator=generator).to(z) * 2 - 1
+            count = z.numel() if live is None else int(live.sum())
+            signs = torch.randint(2, (count,), generator=generator).to(z) * 2 - 1
+            if live is not None:  # none is drawn for masked entries, so that more padding leaves the others as they are
+                signs = torch.zeros_like(z).masked_scatter(live.reshape(-1), signs)
             total += function.map.space.ravel(pull(signs)[0]).square()
             seen += len(z0)
     return total / seen

@@ -11,6 +11,7 @@ from torch import Tensor
 from fipgeo.jacobian import EmbeddedOutputs
 from fipgeo.model import NotFiniteError
 from fipgeo.outputs import Geometry, changed_predictions, squared_distance
+from fipgeo.paths.kept import live_entries
 
 
 def changed_upper_bound(changed: int, total: int, confidence: float = 0.95) -> float:
@@ -65,13 +66,20 @@ class Verdict:
     Attributes:
         spread: Root mean square distance of the start's embedded outputs from their mean: the unit of drift.
         num_examples: Held-out inputs.
+        num_compared: Those of them with a position that counts, whose predictions are compared.
     """
 
     def __init__(self, function: EmbeddedOutputs, theta: Tensor) -> None:
         self.function = function
-        self.reference = [outputs for _, outputs in function.outputs(theta)]
-        self.num_examples = sum(len(outputs[0]) for outputs in self.reference)
-        self.spread = _spread(function.geometry, self.reference)
+        self.reference: list[tuple[Tensor, ...]] = []
+        self.num_examples, self.num_compared, counting = 0, 0, []
+        for batch, outputs in function.outputs(theta):
+            masks = function.masks(outputs, batch)
+            self.reference.append(outputs)
+            counting.append(tuple(f if m is None else f[m] for f, m in zip(outputs, masks, strict=True)))
+            self.num_examples += len(outputs[0])
+            self.num_compared += int(live_entries(function, outputs, batch).any(1).sum())
+        self.spread = _spread(function.geometry, counting, self.num_examples)
 
     def measure(self, theta: Tensor, function: EmbeddedOutputs | None = None) -> Measured:
         """Distance of the function at theta from the start's; exactly 0 at the start.
@@ -85,29 +93,29 @@ class Verdict:
         """
         function = self.function if function is None else function
         total, changed, predicts = 0.0, 0, True
-        for (_, outputs), reference in zip(function.outputs(theta), self.reference, strict=True):
-            wide = tuple(f.double() for f in outputs)
-            total += float(squared_distance(function.geometry, wide, tuple(f.double() for f in reference)).sum())
-            moved = changed_predictions(function.geometry, outputs, reference)
+        for (batch, outputs), reference in zip(function.outputs(theta), self.reference, strict=True):
+            wide, wide0 = (tuple(f.double() for f in tensors) for tensors in (outputs, reference))
+            masks = function.masks(outputs, batch)
+            total += float(squared_distance(function.geometry, wide, wide0, masks).sum())
+            moved = changed_predictions(function.geometry, outputs, reference, masks)
             predicts = predicts and moved is not None
             changed += 0 if moved is None else int(moved.sum())
         if not math.isfinite(total):
             raise NotFiniteError("outputs: the distance to the start is not finite")
         distance = math.sqrt(total / self.num_examples)
-        share = changed / self.num_examples if predicts else math.nan
-        upper = changed_upper_bound(changed, self.num_examples) if predicts else math.nan
+        share = changed / self.num_compared if predicts else math.nan
+        upper = changed_upper_bound(changed, self.num_compared) if predicts else math.nan
         return Measured(distance, distance / self.spread, share, upper)
 
 
-def _spread(geometry: Geometry, reference: list[tuple[Tensor, ...]]) -> float:
+def _spread(geometry: Geometry, counting: list[tuple[Tensor, ...]], num_examples: int) -> float:
     """Root mean square distance of an input's embedded outputs from the mean; 1 where all outputs are equal.
 
-    The mean is over inputs and positions, for each output tensor on its own, so that padded lengths may differ.
+    The mean is over the inputs and positions that count, for each output tensor on its own, so lengths may differ.
     """
     total, size = 0.0, 0.0
-    for parts in zip(*reference, strict=True):
+    for parts in zip(*counting, strict=True):
         z = torch.cat([geometry.embed(f.double()).flatten(0, -2) for f in parts])
         total += float((z - z.mean(0)).square().sum())
         size += float(z.square().sum())
-    examples = sum(len(outputs[0]) for outputs in reference)
-    return math.sqrt(total / examples) if total > 1e-12 * size else 1.0
+    return math.sqrt(total / num_examples) if total > 1e-12 * size else 1.0

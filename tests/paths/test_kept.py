@@ -49,7 +49,7 @@ def test_parts_carry_their_own_reference(kind: str, seed: int, rows: int) -> Non
     assert part.survey.num_rows <= rows or len(part.reference) == 1
     assert part.num_examples == sum(part.survey.examples)
     assert part.loss(Position(kept.function.map.point())) <= 1e-28  # every input is compared with its own outputs
-    batch, z0 = kept.draw(6, source)
+    batch, z0, _ = kept.draw(6, source)
     x = batch[0] if isinstance(batch, list | tuple) else batch
     with torch.no_grad():
         torch.testing.assert_close(centred(model(x)), z0)

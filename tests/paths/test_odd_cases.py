@@ -175,7 +175,7 @@ def test_last_keeps_the_two_ends() -> None:
 
 def test_lists_are_joined_for_minibatches() -> None:
     kept = kept_of(mlp(0), list(inputs(0, 12).split(1)))
-    batch, reference = kept.draw(5, torch.Generator().manual_seed(0))
+    batch, reference, _ = kept.draw(5, torch.Generator().manual_seed(0))
     assert len(batch) == len(reference) == 5
 
 
