@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +13,6 @@ from fipgeo.jacobian.autodiff import push_forward, push_transposed
 from fipgeo.jacobian.decomposed import Decomposed
 from fipgeo.jacobian.embedded import EmbeddedOutputs
 from fipgeo.jacobian.second import SecondOrder
-from fipgeo.model import OutputMap
-from fipgeo.trees import map_tensors
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +75,7 @@ def second_derivative_gap(
         ValueError: v is zero, or steps are not two different positive numbers; or see `SecondOrder`.
 
     Examples:
-        >>> from fipgeo import as_batches
+        >>> from fipgeo import OutputMap, as_batches
         >>> from fipgeo.outputs import Logits
         >>> with torch.random.fork_rng():
         ...     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
@@ -137,31 +134,9 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return gap / max(float(a.norm()), float(b.norm())) if gap else 0.0
 
 
-class _Wide(OutputMap):
-    """A map evaluated in float64, whatever its module's precision; the module is left alone."""
-
-    def __init__(self, other: OutputMap) -> None:
-        vars(self).update(vars(other))
-        self.space = replace(other.space, dtype=torch.float64)
-        self._dtypes = dict.fromkeys(other._dtypes, torch.float64)
-
-    def call(self, weights: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, ...]:
-        return super().call(weights, _double(batch))
-
-    def _swap(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: _double(t) for name, t in super()._swap(weights, buffers).items()}
-
-
-def _double(tree: Any) -> Any:
-    """The floating tensors of a batch in float64."""
-
-    def leaf(x: Any) -> Any:
-        if isinstance(x, list):
-            return [map_tensors(entry, leaf) for entry in x]
-        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    return map_tensors(tree, leaf)
-
-
 def _widened(function: EmbeddedOutputs) -> EmbeddedOutputs:
-    return replace(function, map=_Wide(function.map))
+    """The same function evaluated in float64, whatever the precision of its module; the module is left alone."""
+    wide = copy.copy(function.map)
+    wide.dtype, wide.space = torch.float64, replace(wide.space, dtype=torch.float64)
+    wide._dtypes = dict.fromkeys(wide._dtypes, torch.float64)
+    return replace(function, map=wide)
