@@ -87,14 +87,18 @@ class LinearBlock(Block):
         left = b.transpose(2, 3).flatten(1, 2)  # [n, M o, T]
         return torch.bmm(left, x).view(b.shape[0] * b.shape[1], -1)
 
-    def inner(self) -> Tensor | None:
-        """R R^T by an entrywise product, for one position an example: `(x x^T) o (b b^T)`."""
+    def inner(self, shift: float = 0.0) -> Tensor | None:
+        """R R^T by an entrywise product, for one position an example: `(b b^T) o (x x^T + shift)`.
+
+        A shift of one adds what the bias of the same layer contributes.
+        """
         if self.x.shape[1] != 1:
             return None
         x, b = self.x[:, 0], self.b.flatten(0, 1)[:, 0]
         m = self.b.shape[1]
-        outer = (b @ b.T).view(len(x), m, len(x), m) * (x @ x.T)[:, None, :, None]
-        return outer.view(len(b), len(b))
+        out = (b @ b.T).view(len(x), m, len(x), m)
+        out *= (x @ x.T + shift)[:, None, :, None]
+        return out.view(len(b), len(b))
 
     def squares(self) -> Tensor | None:
         """`sum_n x[n, i]^2 sum_m b[n, m, o]^2`, for one position an example."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fipgeo.data import ListBatches, TensorBatches
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey
-from fipgeo.jacobian.factors import Block
+from fipgeo.jacobian.factors import Block, LinearBlock, RowsBlock
 from fipgeo.jacobian.materialised import materialised_root
 from fipgeo.jacobian.rows import as_tree
 from fipgeo.jacobian.segment import Segment
@@ -26,21 +27,35 @@ def gram_of_segments(segments: Sequence[Segment]) -> Tensor:
     """K over all segments, `[N * M, N * M]`, one parameter after the other.
 
     Rows of a factored parameter are made for a few of its entries at a time and dropped again. Where it acts on one
-    position an example no rows are needed: `K = (x x^T) o (b b^T)`.
+    position an example no rows are needed: `K = (b b^T) o (x x^T)`, with its bias `(b b^T) o (x x^T + 1)`.
     """
     total = sum(len(s.matrix) for s in segments)
     out = torch.zeros(total, total, dtype=torch.float64, device=segments[0].matrix.device)
     if len(segments) == 1 and segments[0].matrix.numel():
         out += inner_products(segments[0].matrix, segments[0].matrix)
+    beside = _beside(segments[0]) if len(segments) == 1 else {}
     for _, _, parts in _by_parameter(segments, rows=len(segments) > 1):
         if len(parts) == 1 and len(parts[0]) == 1:
-            found = parts[0][0].to(torch.float64).inner()
+            block = parts[0][0]
+            if id(block) in beside.values():
+                continue
+            wide = block.to(torch.float64)
+            found = wide.inner(1.0) if isinstance(wide, LinearBlock) and id(block) in beside else wide.inner()
             if found is not None:
                 out += found
                 continue
         for _, rows in _row_chunks(parts):
             out += inner_products(rows, rows)
     return out
+
+
+def _beside(segment: Segment) -> dict[int, int]:
+    """Weights whose bias is held by the same factor, with one position an example: `id` of block by `id` of block."""
+    uses = Counter(where.start for where, _, _ in segment.blocks)
+    single = [block for where, _, block in segment.blocks if uses[where.start] == 1]
+    rows = {block.matrix.data_ptr(): id(block) for block in single if isinstance(block, RowsBlock)}
+    weights = [block for block in single if isinstance(block, LinearBlock) and block.x.shape[1] == 1]
+    return {id(block): rows[block.b.data_ptr()] for block in weights if block.b.data_ptr() in rows}
 
 
 def column_squares(segments: Sequence[Segment], dim: int) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -180,6 +181,9 @@ def plan(
         chosen[name] = least[name]
         total -= saving[name]
     held = {key: form for way in chosen.values() for key, form in way.items()}
+    for key in _beside(tracing, shapes, held):
+        total -= held[key].num_bytes
+        held[key] = replace(held[key], factored=True, num_bytes=0, pair=0)
     flops = 4 * left // itemsize + sum(form.flops for form in held.values())
     pair = 2 * left // (rows * itemsize) + sum(form.pair for form in held.values())
     return Plan(held, uncovered, total, flops, pair)
@@ -196,6 +200,19 @@ def _ways(uses: Mapping[Key, list[Form]]) -> list[Way]:
     first = next(iter(uses))
     summed = {key: form if key == first else Form(False, 0, 0, 0) for key, form in rows.items()}
     return [way for way in (summed, factors) if len(way) == len(uses)]
+
+
+def _beside(tracing: Tracing, shapes: Mapping[str, torch.Size], held: Mapping[Key, Form]) -> Iterator[Key]:
+    """Biases whose rows are the second factor of the weight beside them: layers with one position an example."""
+    uses = Counter(name for _, name in held)
+    for place, site in enumerate(tracing.sites):
+        weights = [term for term in site.terms if term.kind == "linear" and (place, term.name) in held]
+        if len(weights) != 1 or not held[place, weights[0].name].factored:
+            continue
+        for term in site.terms:
+            single = term.kind == "shift" and uses[term.name] == 1 and (place, term.name) in held
+            if single and shapes[term.name].numel() * tracing.examples == site.numel:
+                yield place, term.name
 
 
 def _bytes(way: Way) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fipgeo.jacobian.capture import Site, Term
-from fipgeo.jacobian.factors import Block, ConvBlock, EmbeddingBlock, LinearBlock
+from fipgeo.jacobian.factors import Block, ConvBlock, EmbeddingBlock, LinearBlock, RowsBlock
 from fipgeo.jacobian.plan import Plan
 from fipgeo.jacobian.segment import Segment
 from fipgeo.space import WeightSpace
@@ -53,6 +53,9 @@ class Store:
         for term in site.terms:
             form = self.plan.chosen.get((place, term.name))
             if form is None:
+                continue
+            if form.factored and term.kind == "shift":  # what is kept for the weight
+                self.used[place, term.name] = site, term
                 continue
             if term.kind in ("scale", "shift"):
                 part = b
@@ -112,7 +115,12 @@ class Store:
         part = slice(start, start + n)
         held = tuple((self.slices[name], self.shapes[name]) for name in self.columns)
         blocks = []
-        for key, (_, term) in self.used.items():
+        for key, (site, term) in self.used.items():
+            if term.kind == "shift":
+                weight = next(other.name for other in site.terms if other.kind == "linear")
+                rows = self.second[key[0], weight][part].flatten(0, 2)
+                blocks.append((self.slices[term.name], self.shapes[term.name], RowsBlock(rows, n)))
+                continue
             x = self.first[term.source, bool(self.majors[key[0]])]
             share = len(x) // self.examples
             block = self._block(term, x[start * share : (start + n) * share], self.second[key][part])

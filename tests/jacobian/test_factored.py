@@ -363,3 +363,21 @@ def test_layers_of_different_precision() -> None:
     for max_bytes in (GENEROUS, None):
         found = factored(module, models.cut(inputs, 2, 3), max_bytes)
         assert oracles.relative(found.to_dense(), expected) < 3e-2
+
+
+@pytest.mark.parametrize("sizes", [(6,), (2, 4)])
+def test_a_bias_takes_no_memory_beside_the_factors_of_its_weight(sizes: tuple[int, ...]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    inputs = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
+    function, theta, survey = parts_of(module, models.cut(inputs, *sizes))
+    root = FactoredRoot(function, theta, survey, max_bytes=GENEROUS)
+    assert names_in_factors(root, module) == set(dict(module.named_parameters()))
+    assert root.num_bytes == 6 * theta.itemsize * (12 + 8 + 8 + 2 * (8 + 8 + 2)) == least_bytes(function, theta, survey)
+    check(root, oracles.root(module, inputs))
+    places = OutputMap(module).space.slices()
+    for names in (["0.bias"], ["2.weight"], ["2.weight", "2.bias"]):
+        part = root.restricted([places[name] for name in names])
+        rows = part.to_dense()
+        assert oracles.relative(part.gram(), rows @ rows.T) < 1e-10
