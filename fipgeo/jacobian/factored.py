@@ -91,9 +91,10 @@ class FactoredRoot(LinearOperator):
         return torch.cat([segment.apply(x) for segment in self.segments], -1)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        out = torch.zeros(len(y), self.shape[1], dtype=self.dtype, device=self.device)
-        for segment, part in zip(self.segments, y.split([len(s.matrix) for s in self.segments], -1), strict=True):
-            segment.adjoint(part, out)
+        out = torch.empty(len(y), self.shape[1], dtype=self.dtype, device=self.device)
+        parts = y.split([len(s.matrix) for s in self.segments], -1)
+        for place, (segment, part) in enumerate(zip(self.segments, parts, strict=True)):
+            segment.adjoint(part, out, add=place > 0)
         return out
 
 

@@ -31,6 +31,11 @@ class Block(ABC):
     def adjoint(self, u: Tensor) -> Tensor:
         """R^T u: `[n, M, k]` to `[k, *shape]`."""
 
+    def write_adjoint(self, u: Tensor, out: Tensor, *, add: bool) -> None:
+        """R^T u into `out` `[k, *shape]`, or added to it."""
+        found = self.adjoint(u)
+        out.add_(found) if add else out.copy_(found)
+
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
         """R for some entries along the first axis of the parameter, dense, `[n * M, columns]`."""
@@ -66,17 +71,26 @@ class LinearBlock(Block):
 
     def apply(self, v: Tensor) -> Tensor:
         """R v."""
-        n, t, _ = self.x.shape
-        v = v.permute(2, 0, 1) if self.transposed else v.transpose(0, 1)  # [o, k, i]
-        y = self.x.reshape(n * t, -1) @ v.reshape(-1, self.x.shape[-1]).T
-        return torch.bmm(self.b.flatten(2), y.view(n, -1, v.shape[1]))
+        n, t, i = self.x.shape
+        x = self.x.reshape(1, n * t, i).expand(len(v), -1, -1)
+        y = torch.bmm(x, v if self.transposed else v.mT).view(len(v), n, -1)  # [k, n, T o]
+        return torch.bmm(self.b.flatten(2), y.permute(1, 2, 0))
 
     def adjoint(self, u: Tensor) -> Tensor:
         """R^T u."""
-        n, t, i = self.x.shape
-        y = torch.bmm(self.b.flatten(2).transpose(1, 2), u).view(n * t, -1)  # [n T, o k]
-        w = (y.T @ self.x.reshape(n * t, i)).view(-1, u.shape[-1], i)
-        return w.permute(1, 2, 0) if self.transposed else w.transpose(0, 1)
+        i, o = self.x.shape[-1], self.b.shape[-1]
+        out = u.new_empty(u.shape[-1], *((i, o) if self.transposed else (o, i)))
+        self.write_adjoint(u, out, add=False)
+        return out
+
+    def write_adjoint(self, u: Tensor, out: Tensor, *, add: bool) -> None:
+        """R^T u into `out`, one product a vector and no copy of the result."""
+        (n, t, i), k = self.x.shape, u.shape[-1]
+        y = torch.bmm(u.transpose(1, 2), self.b.flatten(2)).view(n, k, t, -1)
+        y = y.permute(1, 0, 2, 3).reshape(k, n * t, -1) if t > 1 else y[:, :, 0].transpose(0, 1)  # [k, n T, o]
+        x = self.x.reshape(1, n * t, i).expand(k, -1, -1)
+        left, right = (x, y) if self.transposed else (y, x)
+        out.baddbmm_(left.mT, right, beta=1 if add else 0)
 
     def rows(self, index: Tensor) -> Tensor:
         """R for some outputs, or inputs if transposed."""

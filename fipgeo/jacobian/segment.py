@@ -47,17 +47,29 @@ class Segment:
             out += block.to(x.dtype).apply(tangent).reshape(len(self.matrix), len(x)).T
         return out
 
-    def adjoint(self, y: Tensor, out: Tensor) -> None:
-        """Add R^T y to `out`: `[k, n * M]` to `[k, D]`."""
+    def adjoint(self, y: Tensor, out: Tensor, *, add: bool = True) -> None:
+        """Add R^T y to `out`, or write it where `out` holds nothing yet: `[k, n * M]` to `[k, D]`."""
+        written: set[int] = set()
+        if not add and sum(where.stop - where.start for where in self._places) < out.shape[1]:
+            out.zero_()
+            add = True
         for rows in self._rows(y.dtype) if self.matrix.numel() else ():
             found, start = y[:, rows] @ self.matrix[rows].to(y.dtype), 0
             for span in self.spans:
-                width = span.stop - span.start
-                out[:, span] += found[:, start : start + width]
-                start += width
+                part = found[:, start : start + span.stop - span.start]
+                out[:, span].add_(part) if add or rows.start else out[:, span].copy_(part)
+                start += span.stop - span.start
         stack = y.reshape(len(y), self.examples, self.height).permute(1, 2, 0)
         for where, shape, block in self.blocks:
-            out[:, where] += block.to(y.dtype).adjoint(stack).reshape(len(y), shape.numel())
+            target = out[:, where].view(len(y), *shape)
+            block.to(y.dtype).write_adjoint(stack, target, add=add or where.start in written)
+            written.add(where.start)
+
+    @cached_property
+    def _places(self) -> list[slice]:
+        """Coordinates of all parameters."""
+        found = [where for where, _ in self.held] + [where for where, _, _ in self.blocks]
+        return list({where.start: where for where in found}.values())
 
     def restricted(self, places: Mapping[int, slice]) -> Segment:
         """Some parameters only, given by their first coordinate, with new places."""
