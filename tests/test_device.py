@@ -29,9 +29,9 @@ def network(device: str = "cpu") -> tuple[nn.Module, Tensor]:
     return module.float().to(device), x.float().to(device)
 
 
-def made(engine: str, device: str = "cpu", **kwargs: Any) -> Metric:
+def made(engine: str, device: str = "cpu", geometry: Any = "categorical") -> Metric:
     module, x = network(device)
-    return metric(module, x, batch_size=8, engine=engine, **({"geometry": "categorical"} | kwargs))
+    return metric(module, x, batch_size=8, engine=engine, geometry=geometry)
 
 
 def draw(*shape: int, device: str = "cpu") -> Tensor:
