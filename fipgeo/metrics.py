@@ -319,7 +319,7 @@ class Metric:
         groups: dict[str, list[str]] = {}
         for name in self._of_model("blocks").function.map.space.shapes:
             groups.setdefault(name.rpartition(".")[0] if by == "module" else name, []).append(name)
-        return {key: self.restrict(lambda name, own=frozenset(names): name in own) for key, names in groups.items()}
+        return {key: self.restrict(lambda name, _, own=frozenset(names): name in own) for key, names in groups.items()}
 
     def pullback(self, basis: LinearOperator) -> Metric:
         """B^T g B, the metric on the coefficients of a basis B `[D, r]`.

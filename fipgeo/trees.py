@@ -60,7 +60,7 @@ def copied(batch: Any, dtype: torch.dtype | None = None) -> Any:
     return type(batch)(copied(value, dtype) for value in batch) if isinstance(batch, list | tuple) else batch
 
 
-FEW = 8
+FEW = 2
 """Examples on which a model is looked at before it is used in earnest."""
 
 

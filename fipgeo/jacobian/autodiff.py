@@ -16,7 +16,6 @@ from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
 from fipgeo.jacobian.graphs import Function, Graph, add_into, push_dual, storages
 from fipgeo.linalg import LinearOperator
 from fipgeo.model import NotFiniteError
-from fipgeo.trees import FEW, head
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +84,8 @@ class AutodiffRoot(LinearOperator):
             raise ValueError(f"chunk: got {chunk}, expected at least 1 vector")
         self.function, self.survey, self.chunk, self.max_bytes = function, survey, chunk, max_bytes
         with torch.inference_mode(False):
-            self.weights = function.map.named(_recordable(theta))
+            # each in memory of its own: a dual number gets a tangent as large as all the memory behind its primal
+            self.weights = {name: t.clone() for name, t in function.map.named(_recordable(theta)).items()}
         self.push, self.graph_bytes = self._preflight()
         largest = self.graph_bytes * max(survey.rows) // survey.rows[0]
         self.at_once = max(min(chunk, max_bytes // (largest + len(theta) * theta.element_size() + 1)), 1)
@@ -95,9 +95,9 @@ class AutodiffRoot(LinearOperator):
     @cached_property
     def vectorised(self) -> bool:
         """Whether the model takes several tangents and cotangents at once; tried when a stack first comes."""
-        f = self.function.on(head(self.function.batches.first(), FEW))
         two = {n: t.new_zeros(2, *t.shape) for n, t in self.weights.items()}
         with self.function.map.frozen():
+            f = self.function.on(self.function.few(self.weights))
             try:
                 vectorised(lambda t: self.push(f, self.weights, t))(two)
                 z, pull = pull_back(f, self.weights)
@@ -178,10 +178,10 @@ class AutodiffRoot(LinearOperator):
     def _preflight(self) -> tuple[Push, int]:
         """The first way to push tangents forward that works on the first batch, and the bytes of its graph."""
         function = self.function
-        f = function.on(head(function.batches.first(), FEW))
         zero = {n: torch.zeros_like(t) for n, t in self.weights.items()}
         first_error: Exception | None = None
         with function.map.frozen():
+            f = function.on(function.few(self.weights))
             for push in (push_forward, push_transposed):
                 try:
                     if push is push_forward:  # one evaluation shows both halves

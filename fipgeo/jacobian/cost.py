@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
 from fipgeo.jacobian.plan import BYTE, STACK, Plan, plan, trace
-from fipgeo.trees import FEW, head
 
 WIDE = 2
 """Single-precision operations that take as long as one in float64, on CPUs."""
@@ -69,10 +68,9 @@ class Costs:
         lines = []
         for name, cost in self.engines.items():
             fit = "" if cost.num_bytes <= max_bytes else ", does not fit"
-            even = cost.setup / max(self.engines["autodiff"].product - cost.product, 1e-300)
-            after = (
-                "" if not cost.setup else f", paid back after {even:,.0f} products" if even > 0 else ", never paid back"
-            )
+            gain = self.engines["autodiff"].product - cost.product
+            paid = f", paid back after {cost.setup / gain:,.0f} products" if gain > 0 else ", never paid back"
+            after = paid if cost.setup else ""
             lines.append(
                 f"  {name:<12} set-up {cost.setup / self.forward:8.1f}, a product {cost.product / self.forward:6.2f}"
                 f" forward passes; holds {size(cost.num_bytes)}{fit}{after}"
@@ -87,7 +85,7 @@ def size(num_bytes: float) -> str:
 
 def estimate(function: EmbeddedOutputs, weights: Weights, survey: Survey, max_bytes: float) -> Costs:
     """Estimate from the first batch, or a few examples of it; inside `function.map.frozen()`."""
-    batch = head(function.batches.first(), FEW)
+    batch = function.few(weights)
     height = survey.rows[0] // survey.examples[0]
     itemsize, count = function.map.space.dtype.itemsize, survey.num_examples
     with FlopCounterMode(display=False) as counter:
@@ -112,7 +110,7 @@ def estimate(function: EmbeddedOutputs, weights: Weights, survey: Survey, max_by
         ),
     }
     by_name = _bytes_by_name(small, shapes, height * itemsize, count)
-    groups = max(1.0, sum(by_name.values()) / max_bytes)
+    groups = max(1.0, sum(by_name.values()) / max(max_bytes, 1))
     gram = groups * engines["factored"].setup + WIDE * mixed.pair * survey.num_rows**2
     return Costs(forward * count, engines, gram, by_name)
 

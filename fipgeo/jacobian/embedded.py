@@ -114,6 +114,16 @@ class EmbeddedOutputs:
         inputs = self.inputs(batch)
         return lambda weights: self.embedded(self.map.call(weights, inputs), batch).reshape(-1).to(dtype)
 
+    def few(self, weights: Weights, first: Any = None) -> Any:
+        """A few examples of the first batch, or all of it where the model does not take so few; inside `frozen()`."""
+        first = self.batches.first() if first is None else first
+        small = head(first, FEW)
+        try:
+            self.on(small)(weights)
+        except Exception:  # whatever it says: the whole batch is looked at instead, and its own errors are raised
+            return first
+        return small
+
     def masks(self, outputs: tuple[Tensor, ...], batch: Any) -> tuple[Tensor | None, ...]:
         """For each output tensor which positions count, `[n, ...]`, or None where all do.
 
@@ -158,7 +168,9 @@ class EmbeddedOutputs:
                 holds other values than 0 and 1 or leaves no position at all.
         """
         first = self.batches.first()
-        self.map.check(self.inputs(head(first, FEW)), theta)
+        with self.map.frozen():
+            few = self.few(self.map.named(theta), first)
+        self.map.check(self.inputs(few), theta)
         rows, examples, counted, lost = [], [], [], 0
         for index, (batch, outputs) in enumerate(self.outputs(theta)):
             if index == 0 and not same_batch(first, batch):

@@ -211,7 +211,7 @@ class SecondOrder:
             raise ValueError(f"w: got shape {list(other.shape)}, expected [{v.shape[-1]}] or {list(v.shape)}")
         other = other.expand_as(v)
         map_ = self.function.map
-        weights = map_.named(theta)
+        weights = {name: t.clone() for name, t in map_.named(theta).items()}  # see AutodiffRoot
         stack = map_.named(v.reshape(-1, v.shape[-1]))
         pair = (stack, stack if w is None else map_.named(other.reshape(-1, v.shape[-1])))
         with _exact(self.function):
