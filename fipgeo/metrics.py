@@ -309,7 +309,7 @@ class Metric:
 
         Examples:
             >>> from fipgeo import metric
-            >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
             >>> blocks = metric(net, torch.eye(3), geometry="euclidean").blocks()
             >>> {name: (g.dim, g.rank()) for name, g in blocks.items()}
             {'0': (16, 6), '2': (10, 6)}

@@ -109,7 +109,7 @@ class JacobianRoot(LinearOperator):
     @property
     def block(self) -> int:
         """Vectors that a block method best multiplies together: several where products wait for memory."""
-        return 4 if isinstance(self._using, FactoredRoot | Dense) else 1
+        return self._using.block if isinstance(self._using, FactoredRoot) else 4 if self.rows is not None else 1
 
     @property
     def rows(self) -> Dense | None:
