@@ -249,6 +249,8 @@ class OutputMap:
             try:
                 for m, _ in before:
                     m.training = id(m) in live
+                    if isinstance(m, nn.Embedding):  # outputs do depend on that row; only torch's reverse mode says no
+                        m.padding_idx = None
                 yield
             finally:
                 for m, attributes in before:

@@ -44,6 +44,9 @@ def root(
 ) -> Tensor:
     """R = dz/dtheta `[N * M, D]` in eval mode and float64."""
     module = copy.deepcopy(module).double().eval()
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):  # a gradient that training is not to use is a derivative all the same
+            part.padding_idx = None
     weights = coordinates(module, where)
     for p in weights:
         p.requires_grad_(True)

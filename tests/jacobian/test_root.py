@@ -175,3 +175,14 @@ def test_a_module_without_derivative_is_named() -> None:
     module = nn.Sequential(nn.Linear(3, 3), OpaqueLayer(), nn.Linear(3, 2))
     with pytest.raises(NotImplementedError, match=r"model: 1 \(OpaqueLayer\) has no derivative rule"):
         root_of(module, torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_of_padding_are_weights_like_others(engine: str) -> None:
+    module = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Linear(6, 2))
+    ids = torch.tensor([[0, 1], [2, 0], [3, 4]])
+    found = root_of(module, ids, engine)
+    expected = oracles.root(module, ids)
+    assert bool((expected[:, :3] != 0).any()) and adjoint_gap(found) < 1e-12
+    assert oracles.relative(found.to_dense(), expected) < 1e-10
+    assert module[0].padding_idx == 0  # type: ignore[union-attr]
