@@ -129,8 +129,8 @@ def woodbury(
 class DualFactor:
     """`scale R^T R` through its Gram matrix `K = R R^T`, factored for any damping.
 
-    The first few dampings get a Cholesky factorisation each, `m^3 / 3` operations. The eigen-decomposition, some
-    25 times that, is made once it is asked for (`eigenvalues`, `vectors`, `null_project`) or more than 8 dampings
+    The first few dampings get a Cholesky factorisation each, `m^3 / 3` operations. The eigen-decomposition, about
+    ten times that, is made once it is asked for (`eigenvalues`, `vectors`, `null_project`) or more than 8 dampings
     have come; from then on a further damping costs nothing.
 
     Args:
