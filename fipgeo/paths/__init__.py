@@ -2,12 +2,11 @@
 
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
-from fipgeo.paths.correct import Correction, Corrector, FirstOrder, GaussNewton
+from fipgeo.paths.correctors import Correction, Corrector, FirstOrder, GaussNewton
 from fipgeo.paths.driver import Method, walk
 from fipgeo.paths.fronts import SaturationWarning, adapt, sparsify
 from fipgeo.paths.kept import Kept, Position
-from fipgeo.paths.new_task import NewTask
-from fipgeo.paths.objectives import Objective, Proposal, Sparsity
+from fipgeo.paths.objectives import NewTask, Objective, Proposal, Sparsity
 from fipgeo.paths.record import PathPoint, PathResult
 from fipgeo.paths.verdict import Verdict, changed_upper_bound
 

@@ -19,7 +19,7 @@ from fipgeo.model import NotFiniteError
 from fipgeo.outputs import Geometry
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
-from fipgeo.paths.correct import Corrector
+from fipgeo.paths.correctors import Corrector
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives import Objective
 from fipgeo.paths.record import PathPoint, PathResult

@@ -16,10 +16,10 @@ from fipgeo.jacobian.embedded import Mask
 from fipgeo.model import ForwardFn, OutputFn
 from fipgeo.outputs import Geometry
 from fipgeo.paths.control import StepControl
-from fipgeo.paths.correct import Corrector, FirstOrder, GaussNewton
+from fipgeo.paths.correctors import Corrector, FirstOrder, GaussNewton
 from fipgeo.paths.driver import Callback, Method, walk
-from fipgeo.paths.new_task import LossFn, NewTask, count_batches
 from fipgeo.paths.objectives import Sparsity
+from fipgeo.paths.objectives.new_task import LossFn, NewTask, count_batches
 from fipgeo.paths.record import PathResult
 from fipgeo.space import Where
 

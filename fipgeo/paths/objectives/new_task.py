@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fipgeo.data import Batches, LoaderBatches, TensorBatches
 from fipgeo.paths.kept import Kept, Position
-from fipgeo.paths.objectives import Objective, Predictor, Proposal, State, weight_mask
+from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, weight_mask
 
 LossFn = Callable[[Any, Any], Tensor]
 

@@ -1,109 +1,17 @@
-"""Objectives: what a path walks towards while it keeps the function.
-
-An objective proposes the next position; the driver corrects it, measures it and accepts or refuses it. Objectives are
-immutable; what evolves is an explicit state of tensors, so that a refused step leaves no trace and a path can resume.
-"""
+"""Sparsity: weights set to zero, a share at a time, and held there."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fipgeo.model import OutputMap
-from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.kept import Kept, Position
+from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, weight_mask
+from fipgeo.paths.objectives.scores import metric_diagonal
 from fipgeo.space import Where
-
-State = Mapping[str, Tensor]
-Predictor = Callable[[Position, Tensor], Compensation | None]
-"""(position, free) -> the tangent moves there, or None to step without a metric."""
-
-
-@dataclass(frozen=True, eq=False)
-class Proposal:
-    """A step before correction.
-
-    Attributes:
-        position: Where the objective wants to be.
-        free: Boolean `[D]`, the weights that a corrector may move without undoing what was won.
-        state: The objective's state if the step is accepted.
-        moves: The tangent moves used, for a corrector to use once more.
-        cost: Model evaluations spent.
-    """
-
-    position: Position
-    free: Tensor
-    state: State
-    moves: Compensation | None
-    cost: float
-
-
-class Objective(ABC):
-    """What a path walks towards.
-
-    Attributes:
-        name: What `value` is, with its unit.
-        maximise: Whether more of it is better.
-    """
-
-    name: str
-    maximise: bool
-
-    @abstractmethod
-    def begin(self, kept: Kept, position: Position) -> State:
-        """The state at the start of a path.
-
-        Raises:
-            ValueError: The objective does not fit the model.
-        """
-
-    @abstractmethod
-    def propose(
-        self,
-        kept: Kept,
-        position: Position,
-        state: State,
-        size: float,
-        predictor: Predictor,
-        generator: torch.Generator,
-    ) -> Proposal:
-        """A step of the given size (what size means is the objective's own)."""
-
-    @abstractmethod
-    def value(self, position: Position, state: State) -> float:
-        """The objective's measure of a position."""
-
-    @abstractmethod
-    def reached(self, state: State) -> bool:
-        """Whether the path has arrived."""
-
-    def counted(self, model: OutputMap) -> Tensor:
-        """Boolean `[D]`: the coordinates over which the sparsity of a point is counted."""
-        return weight_mask(model)
-
-
-def weight_mask(model: OutputMap, exclude: Where = None) -> Tensor:
-    """Boolean `[D]`: what counts as a weight, less the tensors that `exclude` chooses.
-
-    Weights are the tensors with at least two axes that belong to no normalisation layer, `[1, ..., 1, D]` (a token)
-    left out; embeddings count. Biases, and scales and shifts of normalisation layers of any shape, do not.
-    """
-    space, modules = model.space, dict(model.module.named_modules())
-
-    def is_weight(name: str, tensor: Tensor) -> bool:
-        owner = type(modules[name.rpartition(".")[0]]).__name__
-        token = tensor.dim() > 2 and tensor.numel() == tensor.shape[-1]
-        return tensor.dim() > 1 and not token and "Norm" not in owner
-
-    named = {name: torch.empty(shape, device="meta") for name, shape in space.shapes.items()}
-    names = {name for name, tensor in named.items() if is_weight(name, tensor)}
-    nothing = torch.zeros(space.dim, dtype=torch.bool, device=space.device)
-    mask = space.mask(lambda name, _: name in names) if names else nothing
-    return mask if exclude is None else mask & ~space.mask(exclude, argument="exclude")
 
 
 @dataclass(frozen=True)
@@ -215,27 +123,3 @@ class Sparsity(Objective):
 
     def _goal(self, total: int) -> int:
         return round(self.target * total)
-
-
-def metric_diagonal(
-    kept: Kept, position: Position, samples: int, batch_size: int, generator: torch.Generator
-) -> Tensor:
-    """An unbiased estimate of diag g `[D]`: mean of (R_b^T u)^2 / n over minibatches b and random signs u.
-
-    E (R_b^T u)_j^2 = sum over the minibatch's rows of R_rj^2, since the signs are independent (Bekas, Kokiopoulou &
-    Saad, An Estimator for the Diagonal of a Matrix, 2007, applied to R^T R).
-    """
-    function = kept.at(position)
-    weights = function.map.named(position.theta)
-    total, seen = torch.zeros_like(position.theta), 0
-    with function.map.frozen():
-        for _ in range(samples):
-            batch, z0, live = kept.draw(batch_size, generator)
-            z, pull = torch.func.vjp(function.on(batch), weights)[:2]
-            count = z.numel() if live is None else int(live.sum())
-            signs = torch.randint(2, (count,), generator=generator).to(z) * 2 - 1
-            if live is not None:  # none is drawn for masked entries, so that more padding leaves the others as they are
-                signs = torch.zeros_like(z).masked_scatter(live.reshape(-1), signs)
-            total += function.map.space.ravel(pull(signs)[0]).square()
-            seen += len(z0)
-    return total / seen

@@ -1,0 +1,7 @@
+"""What brings a position back to where the function is."""
+
+from fipgeo.paths.correctors.base import Correction, Corrector, State
+from fipgeo.paths.correctors.first_order import FirstOrder
+from fipgeo.paths.correctors.gauss_newton import GaussNewton
+
+__all__ = ["Correction", "Corrector", "FirstOrder", "GaussNewton", "State"]

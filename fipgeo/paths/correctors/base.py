@@ -1,0 +1,58 @@
+"""Correctors: back to where the function is, within what the objective has won.
+
+A corrector lowers |z(theta) - z(theta_0)|^2 on the protected inputs by moving the free weights only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fipgeo.paths.compensate import Compensation
+from fipgeo.paths.kept import Kept, Position
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What a corrector hands back."""
+
+    position: Position
+    state: State
+    cost: float
+
+
+class Corrector(ABC):
+    """Moves a position's free weights so that the protected outputs return to the start's."""
+
+    @abstractmethod
+    def correct(
+        self,
+        kept: Kept,
+        position: Position,
+        free: Tensor,
+        state: State,
+        generator: torch.Generator,
+        *,
+        moves: Compensation | None = None,
+        final: bool = False,
+    ) -> Correction:
+        """One correction.
+
+        Args:
+            kept: The protected inputs and their reference.
+            position: Where to start.
+            free: Boolean `[D]`, the weights that may move; all others come back bit for bit.
+            state: What the last correction left (empty at first).
+            generator: Source of minibatches.
+            moves: The predictor's tangent moves, to be used once more if the corrector can (a chord step).
+            final: This is the last correction of the path, worth more work.
+
+        Returns:
+            The corrected position, the state for the next correction, and the model evaluations spent.
+        """
