@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
-from fipgeo.jacobian.plan import BYTE, STACK, Plan, plan, trace
+from fipgeo.jacobian.factored.plan import BYTE, STACK, Plan, plan, trace
 
 WIDE = 2
 """Single-precision operations that take as long as one in float64, on CPUs."""

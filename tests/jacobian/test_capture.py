@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from fipgeo import OutputMap, as_batches
 from fipgeo.jacobian import EmbeddedOutputs
-from fipgeo.jacobian.capture import READERS, Recorder
-from fipgeo.jacobian.plan import Tracing, plan, slow_index, trace
+from fipgeo.jacobian.factored.capture import READERS, Recorder
+from fipgeo.jacobian.factored.plan import Tracing, plan, slow_index, trace
 from fipgeo.outputs import Euclidean
 
 from .. import models

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fipgeo import OutputMap, as_batches
 from fipgeo.jacobian import EmbeddedOutputs, FactoredRoot
-from fipgeo.jacobian.plan import plan, trace
+from fipgeo.jacobian.factored.plan import plan, trace
 from fipgeo.linalg import adjoint_gap
 from fipgeo.outputs import Euclidean
 

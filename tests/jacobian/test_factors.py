@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fipgeo.jacobian.factors import Block, ConvBlock, EmbeddingBlock, LinearBlock, RowsBlock
+from fipgeo.jacobian.factored.factors import Block, ConvBlock, EmbeddingBlock, LinearBlock, RowsBlock
 
 from .. import oracles
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fipgeo.jacobian.capture import Recorder, Site, Term
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Weights
+from fipgeo.jacobian.factored.capture import Recorder, Site, Term
 
 BYTE = 10
 """Floating-point operations that take as long as moving one byte: about the same on CPUs and GPUs."""

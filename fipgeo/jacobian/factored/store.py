@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fipgeo.jacobian.capture import Site, Term
-from fipgeo.jacobian.factors import Block, ConvBlock, EmbeddingBlock, LinearBlock, RowsBlock
-from fipgeo.jacobian.plan import Plan
-from fipgeo.jacobian.segment import Segment
+from fipgeo.jacobian.factored.capture import Site, Term
+from fipgeo.jacobian.factored.factors import Block, ConvBlock, EmbeddingBlock, LinearBlock, RowsBlock
+from fipgeo.jacobian.factored.plan import Plan
+from fipgeo.jacobian.factored.segment import Segment
 from fipgeo.space import WeightSpace
 
 

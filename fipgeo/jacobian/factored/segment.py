@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fipgeo.jacobian.factors import Block, RowsBlock
+from fipgeo.jacobian.factored.factors import Block, RowsBlock
 
 BLOCK_BYTES = 2**27
 """Rows are converted to another precision in blocks of about this size."""
