@@ -206,7 +206,7 @@ class _Walker:
             state.corrector,
             self.generator,
             moves=proposal.moves,
-            final=self.objective.reached(proposal.state),
+            final=self.objective.landmark(proposal.state),
         )
         new = replace(
             state,

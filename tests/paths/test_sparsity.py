@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fipgeo import MetricField, PathResult, Sparsity
+from fipgeo import GaussNewton, MetricField, PathResult, Sparsity
 from fipgeo.data import ListBatches
 from fipgeo.paths import Corrector, Kept, Position
+from fipgeo.paths.compensate import Compensation
+from fipgeo.paths.correctors import Correction
 from fipgeo.paths.objectives import metric_diagonal, weight_mask
 
 from .toys import (
@@ -178,3 +181,51 @@ def test_compensation_beats_setting_the_same_weights_to_zero() -> None:
     end = field.space.ravel(path[-1].tensors)
     plain[end == 0] = 0.0
     assert kept.loss(Position(end)) < 0.5 * kept.loss(Position(plain))
+
+
+@pytest.mark.parametrize("corrector", CORRECTORS.values(), ids=CORRECTORS)
+@given(seed=SEEDS, targets=st.lists(st.integers(1, 19), min_size=1, max_size=4, unique=True))
+@settings(max_examples=3)
+def test_every_waypoint_is_hit_exactly(corrector: Corrector, seed: int, targets: list[int]) -> None:
+    waypoints = tuple(t / 20 for t in sorted(targets))
+    path = sparse_path(mlp(seed), inputs(seed, 24), waypoints, corrector=corrector)
+    counts = [zeros(p.tensors, ["0.weight", "2.weight"]) for p in path]
+    assert path.outcome == "reached" and {round(t * WEIGHTS) for t in waypoints} <= set(counts)
+    assert counts[-1] == round(waypoints[-1] * WEIGHTS)
+
+
+def test_the_corrector_does_its_full_work_at_the_waypoints_only() -> None:
+    finals = []
+
+    class Watching(GaussNewton):
+        def correct(self, kept: Kept, position: Position, *args: Any, final: bool = False, **kwargs: Any) -> Correction:
+            finals.append((zeros(kept.function.map.named(position.theta), ["0.weight", "2.weight"]), final))
+            return super().correct(kept, position, *args, final=final, **kwargs)
+
+    sparse_path(mlp(0), inputs(0, 24), (0.5, 0.75, 0.9), corrector=Watching(steps=1, final_steps=2))
+    assert {count for count, final in finals if final} == {24, 36, 43}
+    assert all(final == (count in (24, 36, 43)) for count, final in finals) and not all(f for _, f in finals)
+
+
+@pytest.mark.parametrize("bad", [1.0, -0.1, (), (0.5, 1.0), (0.5, 0.5), (0.9, 0.8), math.nan])
+def test_targets_that_are_no_increasing_shares_are_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match="sparsity: got"):
+        Sparsity(bad)
+
+
+def test_the_predicted_change_is_that_of_the_linear_model() -> None:
+    model, x = filled(nn.Linear(5, 3), 1), inputs(2, 12)  # linear in its weights: the prediction is exact
+    kept = kept_of(model, x)
+    objective, start = Sparsity(0.5), Position(kept.start)
+    source = torch.Generator().manual_seed(0)
+    state = objective.begin(kept, start)
+
+    def predictor(position: Position, free: Tensor) -> Compensation:
+        return Compensation(kept, position, free, damping=1e-2)
+
+    first = objective.propose(kept, start, state, 0.2, predictor, source)
+    second = objective.propose(kept, first.position, first.state, 0.2, predictor, source)
+    sizes = [(kept.residual(p).square().sum() / 12).sqrt() for p in (start, first.position, second.position)]
+    assert first.predicted == pytest.approx(float(sizes[1] - sizes[0]), rel=1e-9)
+    assert second.predicted == pytest.approx(float(sizes[2] - sizes[1]), rel=1e-9)
+    assert objective.propose(kept, start, state, 0.2, lambda *_: None, source).predicted is None

@@ -77,7 +77,7 @@ def method(corrector: Corrector = GAUSS_NEWTON, **options: Any) -> Method:
 def sparse_path(
     model: nn.Module,
     x: Any,
-    target: float = 0.5,
+    target: float | tuple[float, ...] = 0.5,
     *,
     corrector: Corrector = GAUSS_NEWTON,
     exclude: str | list[str] | None = None,

@@ -33,6 +33,8 @@ class Proposal:
         state: The objective's state if the step is accepted.
         moves: The tangent moves used, for a corrector to use once more.
         cost: Model evaluations spent.
+        predicted: Change of the function that the tangent model expects, sqrt(|r + R w|^2 / N) less what was there
+            before, in units of z; None without a predictor.
     """
 
     position: Position
@@ -40,6 +42,7 @@ class Proposal:
     state: State
     moves: Compensation | None
     cost: float
+    predicted: float | None = None
 
 
 class Objective(ABC):
@@ -80,6 +83,10 @@ class Objective(ABC):
     @abstractmethod
     def reached(self, state: State) -> bool:
         """Whether the path has arrived."""
+
+    def landmark(self, state: State) -> bool:
+        """Whether a position is worth the corrector's full work; by default only where the path arrives."""
+        return self.reached(state)
 
     def counted(self, model: OutputMap) -> Tensor:
         """Boolean `[D]`: the coordinates over which the sparsity of a point is counted."""

@@ -20,20 +20,21 @@ class Sparsity(Objective):
 
     Zeros are chosen by `score`: by default the change of the outputs that the metric predicts for setting a weight to
     zero, w_j^2 g_jj, with g_jj re-estimated at every step. Once chosen they are held. A step of size h zeroes the share
-    h of the weights that are left; with a predictor, the others make up for it within the tangent space.
+    h of the weights that are left; with a predictor, the others make up for it within the tangent space. No step goes
+    over a waypoint: every one is hit exactly and is a landmark, where the corrector does its full work.
 
     Attributes:
-        target: Share of zeros to reach, in [0, 1).
+        target: Share of zeros to reach, in [0, 1); or several, increasing, the waypoints of one path.
         exclude: Which tensors stay dense (globs or a predicate), besides biases and normalisation scales and shifts.
         score: "metric" for w_j^2 g_jj, "lamp", or "magnitude" (see `scores`).
         samples: Random output directions for each estimate of the diagonal.
         batch_size: Inputs that share a random output direction.
 
     Raises:
-        ValueError: target is not in [0, 1).
+        ValueError: target is not in [0, 1), or waypoints do not increase.
     """
 
-    target: float
+    target: float | tuple[float, ...]
     exclude: Where = None
     score: str = "metric"
     samples: int = 128
@@ -43,10 +44,17 @@ class Sparsity(Objective):
 
     def __post_init__(self) -> None:
         """Check the target."""
-        if not 0 <= self.target < 1:
+        single = isinstance(self.target, int | float)
+        targets = (self.target,) if isinstance(self.target, int | float) else tuple(self.target)
+        if not targets or not all(0 <= t < 1 for t in targets):
             raise ValueError(
-                f"sparsity: got {self.target}, expected a share of zeros in [0, 1), such as 0.9 for 90 % zeros"
+                f"sparsity: got {self.target}, expected a share of zeros in [0, 1), such as 0.9 for 90 % zeros, or"
+                " several such as (0.7, 0.8, 0.9)"
             )
+        if any(b <= a for a, b in zip(targets, targets[1:], strict=False)):
+            raise ValueError(f"sparsity: got waypoints {targets}, expected them to increase, such as (0.7, 0.8, 0.9)")
+        if not single:
+            object.__setattr__(self, "target", targets)  # a list would be neither hashable nor safe from changes
         if self.score not in ("metric", "lamp", "magnitude"):
             raise ValueError(f"score: got {self.score!r}, expected 'metric', 'lamp' or 'magnitude'")
 
@@ -63,7 +71,8 @@ class Sparsity(Objective):
     def begin(self, kept: Kept, position: Position) -> State:
         """Weights that are zero already count and are held."""
         counted = self.counted(kept.function.map)
-        return {"counted": counted, "held": counted & (position.theta == 0)}
+        held = counted & (position.theta == 0)
+        return {"counted": counted, "held": held, "before": held.sum()}
 
     def propose(
         self,
@@ -77,20 +86,26 @@ class Sparsity(Objective):
         """Zero the share `size` of the weights that are left, and move the others to make up for it."""
         counted, held = state["counted"], state["held"]
         total, have = int(counted.sum()), int(held.sum())
-        want = min(self._goal(total), have + max(round(size * (total - have)), 1))
+        goals = [g for g in self._goals(total) if g > have]
+        want = min(goals[0] if goals else have, have + max(round(size * (total - have)), 1))
         score = torch.where(counted & ~held, self.scores(kept, position, counted & ~held, generator), torch.inf)
         chosen = torch.zeros_like(held)
         chosen[score.argsort(stable=True)[: want - have]] = True
         held = held | chosen
         moves = predictor(position, ~held)
         step = torch.where(chosen, -position.theta, 0)
-        cost = 3.0 * self.samples * self.batch_size * (self.score == "metric")
+        cost, predicted = 3.0 * self.samples * self.batch_size * (self.score == "metric"), None
         if moves is not None:
-            r = moves.kept.residual(position) + moves.root(step)
-            step = step + moves(r)
+            before = moves.kept.residual(position)
+            r = before + moves.root(step)
+            fix = moves(r)
+            after = r + moves.root(fix)
+            predicted = float(after.double().norm() - before.double().norm()) / moves.num_examples**0.5
+            step = step + fix
             cost += moves.cost
         theta = torch.where(held, 0, position.theta + step)
-        return Proposal(replace(position, theta=theta), ~held, {"counted": counted, "held": held}, moves, cost)
+        new = {"counted": counted, "held": held, "before": torch.tensor(have)}
+        return Proposal(replace(position, theta=theta), ~held, new, moves, cost, predicted)
 
     def scores(self, kept: Kept, position: Position, alive: Tensor, generator: torch.Generator) -> Tensor:
         """What each weight is worth, `[D]`; the least are set to zero first.
@@ -118,8 +133,15 @@ class Sparsity(Objective):
         return float((position.theta[state["counted"]] == 0).double().mean())
 
     def reached(self, state: State) -> bool:
-        """Whether as many weights are held at zero as the target asks."""
-        return int(state["held"].sum()) >= self._goal(int(state["counted"].sum()))
+        """Whether as many weights are held at zero as the last waypoint asks."""
+        return int(state["held"].sum()) >= self._goals(int(state["counted"].sum()))[-1]
 
-    def _goal(self, total: int) -> int:
-        return round(self.target * total)
+    def landmark(self, state: State) -> bool:
+        """Whether the step that made this state arrived at a waypoint."""
+        before, have = int(state["before"]), int(state["held"].sum())
+        return any(before < goal <= have for goal in self._goals(int(state["counted"].sum())))
+
+    def _goals(self, total: int) -> list[int]:
+        """Zeros at every waypoint."""
+        targets = (self.target,) if isinstance(self.target, int | float) else self.target
+        return [round(target * total) for target in targets]
