@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["load_record", "save_record"]
+__all__ = ["load_record", "remove_leftovers", "save_record"]
 
 _KEY = "fipgeo"
 _SCHEMA = 1
@@ -106,6 +106,30 @@ def load_record(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     except SafetensorError as error:
         message = f"{str(source)!r} is not a readable safetensors file ({error}); write or copy it again"
         raise ValueError(message) from error
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> int:
+    """Remove the temporary files that writers of ``path`` left beside it because they were killed.
+
+    Call it where nobody else writes to the same path; their files would look the same.
+
+    Args:
+        path: The destination that `save_record` was given.
+
+    Returns:
+        How many files were removed.
+    """
+    target = Path(path)
+    found = [file for file in target.parent.glob(".*.tmp") if _temporary_of(file, target)]
+    for file in found:
+        file.unlink(missing_ok=True)
+    return len(found)
+
+
+def _temporary_of(file: Path, target: Path) -> bool:
+    """Whether a file is a temporary one that `_replacing` makes for the target."""
+    name, _, code = file.name.removesuffix(".tmp").rpartition(".")
+    return name == f".{target.name}" and len(code) == 12 and set(code) <= set("0123456789abcdef")
 
 
 def _encode(meta: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,17 +15,16 @@ from torch import Tensor
 
 from fipgeo.data import Batches, Generator
 from fipgeo.field import MetricField
-from fipgeo.linalg import as_generator
 from fipgeo.model import NotFiniteError
-from fipgeo.outputs import Geometry
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
 from fipgeo.paths.correctors import Corrector
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives import Objective
-from fipgeo.paths.record import PathPoint, PathResult
+from fipgeo.paths.record import Leg, PathPoint, PathResult
+from fipgeo.paths.start import Inputs, Opening, check_same, from_checkpoint, settings_of, under
 from fipgeo.paths.state import PathState
-from fipgeo.paths.verdict import Measured, Verdict
+from fipgeo.paths.verdict import Measured, Verdict, spread_of
 
 Callback = Callable[[Mapping[str, float]], Any]
 
@@ -34,6 +34,7 @@ OUTCOMES = {
     "stalled": "every further step ended in outputs or derivatives that are not finite; take smaller steps, or exclude"
     " tensors that must not become zero",
     "max_steps": "max_steps were walked; pass resume= with a larger max_steps to go on",
+    "stopped": "the walk was stopped on the way; pass resume= to go on",
 }
 
 
@@ -48,9 +49,11 @@ class Method:
             a metric and leave everything to the corrector.
         max_rows: Embedded outputs in the predictor's metric; more protected inputs than that are sampled anew for
             every step.
-        budget: Largest drift allowed, or None.
+        budget: Largest drift allowed on the control inputs, or None. The drift of a point is measured on others, and
+            can be a little above it.
         max_steps: Accepted steps at most.
-        store: "all" to keep the weights of every point, "last" to keep those of the start and the end only.
+        store: "all" to keep the weights of every point, "last" to keep those of the start, of the objective's
+            landmarks (the waypoints of a sparsity, say) and of the end only.
     """
 
     control: StepControl
@@ -84,8 +87,14 @@ def walk(
     progress: bool = False,
     callback: Callback | None = None,
     resume: PathResult | None = None,
+    after: PathResult | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> PathResult:
     """Walk from the model's present weights towards an objective while its outputs on the field's inputs stay.
+
+    The inputs are divided into three parts without common examples. Steps are taken on the protected ones; a tenth of
+    them (see `Inputs.of`) is set apart as control inputs, on whose drift a step is accepted or refused and the next one
+    sized; the held-out ones measure the points and decide nothing, so that certificates are not biased by choices.
 
     Args:
         field: Model, protected inputs and geometry. The model is not changed.
@@ -94,18 +103,26 @@ def walk(
         held_out: Inputs for the verdict, or the share of the protected inputs to set apart for it.
         generator: Source of all randomness.
         progress: Show a bar.
-        callback: Called with the numbers of every accepted point.
+        callback: Called with the numbers of every accepted point; the walk stops if it returns True.
         resume: A path to continue; walked with the same arguments it goes on as if it had never stopped.
+        after: A path to go on from with another objective: from its last point (or a chosen one, `path.until(point)`),
+            still compared with the start of the first leg on the same inputs.
+        checkpoint: A file, ending in ".safetensors", that holds the path after every accepted step. If it is there
+            already, it is resumed, so that the same call after a crash goes on where it was, bit for bit.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: The budget does not allow even the smallest first step; `resume` is the path of another model or
-            objective; or bad inputs (see `OutputMap.check`).
+        ValueError: The budget does not allow even the smallest first step; `resume`, `after` or the checkpoint is the
+            path of another model or objective; or bad inputs (see `OutputMap.check`).
     """
     with torch.inference_mode(False):
-        return _prepared(field, objective, method, held_out, generator, resume).run(progress, callback)
+        settings = settings_of(field.function.geometry, objective, method)
+        resume = from_checkpoint(checkpoint, resume, after, settings, field, generator)
+        opening = Opening.of(field, objective, generator, resume, after)
+        walker = _prepared(field, objective, method, held_out, opening, settings)
+        return walker.run(progress, callback, checkpoint)
 
 
 def _prepared(
@@ -113,38 +130,41 @@ def _prepared(
     objective: Objective,
     method: Method,
     held_out: Batches | float,
-    generator: Generator,
-    resume: PathResult | None,
+    opening: Opening,
+    settings: Mapping[str, str],
 ) -> _Walker:
     """Everything looked at and cached before the first step."""
     field.map.check(field.function.batches.first())
-    random, begun = as_generator(generator), None
-    if resume is not None:
-        _check_resume(resume, objective, field)
-        begun = PathState.read(resume.state, field.space.device)
-        random = torch.Generator()
-        random.set_state(resume.state["generator_start"])
-    generator_start = random.get_state()
     if isinstance(held_out, Batches):
         field.map.check(held_out.first())
-        inside, outside = field.function.batches, held_out
+    start, random, path = opening.start, opening.generator, opening.path
+    generator_start = random.get_state()
+    inputs = Inputs.of(field.function.batches, held_out, random)
+    functions = [under(field.function, start, part) for part in (inputs.protected, inputs.control, inputs.verdict)]
+    if field.function.mask is not None:  # a mask of other values than 0 and 1, or of nothing, is said at once
+        for function in functions:
+            function.survey(start.theta)
+    kept, unit = Kept.of(functions[0], start.theta), spread_of(functions[0], start.theta)
+    walker = _Walker(
+        objective, method, kept, Verdict(functions[1], start.theta, unit), Verdict(functions[2], start.theta), random
+    )
+    walker.generator_start, walker.legs, walker.settings = generator_start, opening.legs(objective), settings
+    walker.counted = objective.counted(field.map)
+    if path is not None:
+        random.set_state(path.state["generator"])
+        walker.points = list(path.points)
+        found = walker.measure(walker.verdict, opening.position).distance
+        check_same(path, found, field.function.geometry, "resume" if opening.resumed else "after")
+    if path is not None and opening.resumed:
+        walker.state = PathState.read(path.state, field.space.device)
+        return walker
+    drift = walker.measure(walker.control, opening.position).drift
+    begun = objective.begin(kept, opening.position)
+    walker.state = PathState(opening.position, start, method.control.initial, objective=begun, drift=drift)
+    if path is None:
+        walker.points = [walker.point(walker.state, None)]
     else:
-        inside, outside = field.function.batches.split(held_out, random)
-    start = Position(field.map.point(), field.map.normalisation()) if begun is None else begun.start
-    function = replace(field.function, map=field.map.with_buffers(start.buffers))
-    protected, unseen = replace(function, batches=inside), replace(function, batches=outside)
-    if function.mask is not None:  # a mask of other values than 0 and 1, or of nothing, is said before the first step
-        protected.survey(start.theta)
-        unseen.survey(start.theta)
-    kept, verdict = Kept.of(protected, start.theta), Verdict(unseen, start.theta)
-    walker = _Walker(objective, method, kept, verdict, objective.counted(field.map), random, generator_start)
-    if resume is None or begun is None:
-        walker.state = PathState(start, start, method.control.initial, objective=objective.begin(kept, start))
-        walker.points = [walker.point(walker.state, walker.measure(start), None)]
-    else:
-        random.set_state(resume.state["generator"])
-        walker.state, walker.points = begun, list(resume.points)
-        _check_same(resume, walker.measure(begun.position), function.geometry)
+        walker.state = replace(walker.state, cost=path[-1].cost, seconds=path[-1].seconds)
     return walker
 
 
@@ -155,47 +175,78 @@ class _Walker:
     objective: Objective
     method: Method
     kept: Kept
+    control: Verdict
     verdict: Verdict
-    counted: Tensor
     generator: torch.Generator
-    generator_start: Tensor
+    generator_start: Tensor = field(init=False)
+    counted: Tensor = field(init=False)
+    legs: tuple[Leg, ...] = field(init=False)
+    settings: Mapping[str, str] = field(init=False)
     state: PathState = field(init=False)
     points: list[PathPoint] = field(init=False)
 
-    def run(self, progress: bool, callback: Callback | None) -> PathResult:
+    def run(self, progress: bool, callback: Callback | None, checkpoint: str | os.PathLike[str] | None) -> PathResult:
         """Steps until an outcome is there."""
-        control, budget, state, points = self.method.control, self.method.budget, self.state, self.points
-        outcome = "reached" if self.objective.reached(state.objective) else ""
-        clock = time.perf_counter() - state.seconds
+        begin, clock = self.legs[-1].begin, time.perf_counter() - self.state.seconds
+        outcome = "reached" if self.objective.reached(self.state.objective) else ""
+        self.keep(checkpoint)
         with _bar(progress, self.objective.name) as show:
             while not outcome:
-                if len(points) > self.method.max_steps:
+                if self.points[-1].step - begin >= self.method.max_steps:
                     outcome = "max_steps"
                     break
-                try:
-                    tried, measured = self.step(state)
-                except NotFiniteError:  # outputs overflowed on the way: there is no verdict, so the step is refused
-                    tried, measured = state, Measured(math.inf, math.inf, math.nan, math.nan)
-                tried = replace(tried, seconds=time.perf_counter() - clock)
-                added = measured.drift - points[-1].drift
-                if not control.accepts(state.size, added=added, drift=measured.drift, budget=budget):
-                    if state.size <= control.smallest:
-                        self.check_first(points, state.size, measured)
-                        outcome = "budget" if math.isfinite(measured.drift) else "stalled"
-                    state = replace(state, size=control.smaller(state.size), cost=tried.cost)
+                tried, point, added, predicted = self.attempt(clock)
+                if point is None:
+                    outcome = self.refused(tried)
                     continue
-                if self.method.store == "last" and len(points) > 1:
-                    points[-1] = replace(points[-1], tensors=None)
-                points.append(self.point(tried, measured, points[-1], state.position))
-                state = replace(tried, size=control.following(state.size, added=added))
-                show(points[-1])
-                if callback is not None:
-                    callback(points[-1].to_dict())
-                outcome = "reached" if self.objective.reached(state.objective) else ""
-        return self.result(state, points, outcome)
+                self.accept(tried, point, self.method.control.error(added, predicted))
+                self.keep(checkpoint)
+                show(point)
+                asked = callback is not None and callback(point.to_dict()) is True
+                outcome = "stopped" if asked else ""
+                outcome = "reached" if self.objective.reached(self.state.objective) else outcome
+        found = self.result(outcome)
+        if checkpoint is not None:
+            found.save(checkpoint, overwrite=True)
+        return found
 
-    def step(self, state: PathState) -> tuple[PathState, Measured]:
-        """One whole step: predictor, corrector, verdict."""
+    def attempt(self, clock: float) -> tuple[PathState, PathPoint | None, float, float | None]:
+        """One step: where it ends, its point if it is accepted, the drift it adds and what was predicted."""
+        control, state = self.method.control, self.state
+        try:
+            tried, predicted = self.step(state)
+            tried = replace(tried, drift=self.measure(self.control, tried.position).drift)
+        except NotFiniteError:  # outputs overflowed on the way: there is no drift, so the step is refused
+            tried, predicted = replace(state, drift=math.inf), None
+        tried = replace(tried, seconds=time.perf_counter() - clock)
+        added = tried.drift - state.drift
+        if not control.accepts(state.size, added=added, drift=tried.drift, budget=self.method.budget):
+            return tried, None, added, predicted
+        try:
+            return tried, self.point(tried, self.points[-1], state.position), added, predicted
+        except NotFiniteError:  # nothing can be said about such a point; only this of the verdict's can refuse a step
+            return replace(tried, drift=math.inf), None, added, predicted
+
+    def accept(self, tried: PathState, point: PathPoint, error: float) -> None:
+        """Go on from a point."""
+        last, begin = self.points[-1], self.legs[-1].begin
+        if self.method.store == "last" and last.step > begin and not self.objective.landmark(self.state.objective):
+            self.points[-1] = replace(last, tensors=None)
+        self.points.append(point)
+        size = self.method.control.following(self.state.size, error=error, before=self.state.error)
+        self.state = replace(tried, size=size, error=error)
+
+    def refused(self, tried: PathState) -> str:
+        """Go back and make the step smaller; the outcome if it cannot be."""
+        control, state, outcome = self.method.control, self.state, ""
+        if state.size <= control.smallest:
+            self.check_first(state.size, tried.drift)
+            outcome = "budget" if math.isfinite(tried.drift) else "stalled"
+        self.state = replace(state, size=control.smaller(state.size), cost=tried.cost)
+        return outcome
+
+    def step(self, state: PathState) -> tuple[PathState, float | None]:
+        """Predictor and corrector; what the tangent model expects is in units of drift."""
         proposal = self.objective.propose(
             self.kept, state.position, state.objective, state.size, self.predictor, self.generator
         )
@@ -213,9 +264,9 @@ class _Walker:
             position=corrected.position,
             objective=proposal.state,
             corrector=corrected.state,
-            cost=state.cost + proposal.cost + corrected.cost + self.verdict.num_examples,
+            cost=state.cost + proposal.cost + corrected.cost + self.control.num_examples,
         )
-        return new, self.measure(new.position)
+        return new, None if proposal.predicted is None else proposal.predicted / self.control.spread
 
     def predictor(self, position: Position, free: Tensor) -> Compensation | None:
         """The tangent moves at a position, on as many protected inputs as the method allows."""
@@ -224,18 +275,19 @@ class _Walker:
         part = self.kept.subset(self.method.max_rows, self.generator)
         return Compensation(part, position, free, damping=self.method.damping)
 
-    def measure(self, position: Position) -> Measured:
-        """The verdict on a position."""
-        function = replace(self.verdict.function, map=self.verdict.function.map.with_buffers(position.buffers))
-        return self.verdict.measure(position.theta, function)
+    def measure(self, on: Verdict, position: Position, *, certify: bool = False) -> Measured:
+        """How far a position is from the start, on the control inputs or on the verdict's."""
+        function = replace(on.function, map=on.function.map.with_buffers(position.buffers))
+        return on.measure(position.theta, function, certify=certify)
 
-    def point(
-        self, state: PathState, measured: Measured, last: PathPoint | None, before: Position | None = None
-    ) -> PathPoint:
+    def point(self, state: PathState, last: PathPoint | None, before: Position | None = None) -> PathPoint:
         """The record of a position."""
-        theta = state.position.theta
+        theta, space = state.position.theta, self.kept.function.map.space
+        measured = self.measure(self.verdict, state.position, certify=True)
         moved = 0.0 if before is None else float((theta - before.theta).norm())
         tensors = {n: t.clone() for n, t in self.kept.function.map.named(theta).items()}
+        zero = (theta == 0) & self.counted
+        parts = {n: (int(zero[where].sum()), int(self.counted[where].sum())) for n, where in space.slices().items()}
         return PathPoint(
             step=0 if last is None else last.step + 1,
             arc_length=moved + (0.0 if last is None else last.arc_length),
@@ -249,57 +301,40 @@ class _Walker:
             cost=state.cost,
             seconds=state.seconds,
             num_held_out=self.verdict.num_compared,
+            control_drift=state.drift,
+            certificate=measured.certificate,
+            layers={name: pair for name, pair in parts.items() if pair[1]},
             tensors=tensors | dict(state.position.buffers),
         )
 
-    def check_first(self, points: list[PathPoint], size: float, measured: Measured) -> None:
+    def check_first(self, size: float, drift: float) -> None:
         """A budget below the very first step is a mistake of the caller's, not a path."""
-        if len(points) == 1 and self.method.budget is not None and math.isfinite(measured.drift):
+        budget, steps = self.method.budget, self.points[-1].step - self.legs[-1].begin
+        if steps == 0 and budget is not None and math.isfinite(drift):
             raise ValueError(
-                f"budget: {self.method.budget} is below the first step, whose smallest size ({size:.3g}) already drifts"
-                f" by {measured.drift:.3g}; raise the budget above that, or protect with more inputs"
+                f"budget: {budget} is below the first step, whose smallest size ({size:.3g}) already drifts"
+                f" by {drift:.3g}; raise the budget above that, or protect with more inputs"
             )
 
-    def result(self, state: PathState, points: list[PathPoint], outcome: str) -> PathResult:
+    def keep(self, checkpoint: str | os.PathLike[str] | None) -> None:
+        """Write the path as far as it is."""
+        if checkpoint is not None:
+            self.result("stopped").save(checkpoint, overwrite=True)
+
+    def result(self, outcome: str) -> PathResult:
         """The record of the path."""
-        flat = state.flat()
+        flat = self.state.flat()
         flat |= {"generator": self.generator.get_state(), "generator_start": self.generator_start}
-        found = PathResult(
-            points=tuple(points),
+        return PathResult(
+            points=tuple(self.points),
             objective_name=self.objective.name,
             maximise=self.objective.maximise,
             budget=self.method.budget,
             outcome=outcome,
             message=OUTCOMES[outcome],
             state=flat,
-            settings={
-                "geometry": repr(self.kept.function.geometry),
-                "objective": repr(self.objective),
-                "method": repr(self.method),
-            },
-        )
-        return found if self.method.store == "all" else found.thinned([0, -1])
-
-
-def _check_resume(resume: PathResult, objective: Objective, field: MetricField) -> None:
-    dim, space = len(resume.state["theta"]), field.space
-    stored = dict(resume[0].tensors or {})
-    differ = [n for n, shape in space.shapes.items() if n not in stored or stored[n].shape != shape]
-    if dim != space.dim or differ or resume.objective_name != objective.name:
-        raise ValueError(
-            f"resume: a path of {resume.objective_name!r} in {dim} weights, expected {objective.name!r} in {space.dim}"
-            + (f" (tensors that differ: {', '.join(differ[:4])})" if differ else "")
-            + "; resume with the model, params and objective that it was walked with"
-        )
-
-
-def _check_same(resume: PathResult, measured: Measured, geometry: Geometry) -> None:
-    """The last point must measure as it did: other inputs, geometry or frozen tensors would make it another path."""
-    before, now = resume[-1].distance, measured.distance
-    if resume.settings.get("geometry") != repr(geometry) or abs(before - now) > 1e-6 * max(before, 1e-3):
-        raise ValueError(
-            f"resume: the path's last point measured {before:.6g} in {resume.settings.get('geometry')}, here {now:.6g}"
-            f" in {geometry!r}; resume with the inputs, held_out, geometry and model that it was walked with"
+            settings=dict(self.settings),
+            legs=self.legs,
         )
 
 

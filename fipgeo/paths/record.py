@@ -4,81 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from fipgeo import io
-from fipgeo.model import unwrapped
-from fipgeo.paths.verdict import changed_upper_bound
+from fipgeo.paths.certificate import changed_upper_bound
+from fipgeo.paths.point import PathPoint
+from fipgeo.paths.storing import read_path, write_path
+
+__all__ = ["Leg", "PathPoint", "PathResult"]
+
+MULTIPLICITY = ("sequence", "bonferroni", "none")
 
 
 @dataclass(frozen=True)
-class PathPoint:
-    """One point of a path: what was measured there, and (if it was stored) its weights.
+class Leg:
+    """A part of a path that was walked towards one objective.
 
     Attributes:
-        step: Number of accepted steps before it; 0 is the start.
-        arc_length: Length of the path so far, the sum of |theta_{i+1} - theta_i| in weights.
-        step_norm: |theta_i - theta_{i-1}|.
-        distance: Root mean square over held-out inputs of the geometry's finite distance to the start's outputs.
-        drift: The same in units of the outputs' own spread, their root mean square distance from their mean over the
-            inputs: 0 the same function, 1 as far off as a constant function would be.
-        changed: Share of held-out inputs whose prediction differs from the start's; NaN where outputs predict nothing.
-        changed_upper: Exact (Clopper-Pearson) upper 95 % confidence bound on that share.
-        objective: What the objective measures (sparsity, loss on new data).
-        sparsity: Exact zeros among the coordinates the objective counts, as a share.
-        cost: Evaluations of the model on one input so far, forwards and backwards each counted once.
-        seconds: Wall time so far.
-        num_held_out: Inputs behind `changed`.
-        tensors: The point's weights, and the buffers that the path moved, by name; None if not stored.
+        objective_name: What `objective` in its points is, with its unit.
+        maximise: Whether more of it is better.
+        begin: Step of the point where it begins, which is the last point of the leg before it.
     """
 
-    step: int
-    arc_length: float
-    step_norm: float
-    distance: float
-    drift: float
-    changed: float
-    changed_upper: float
-    objective: float
-    sparsity: float
-    cost: float
-    seconds: float
-    num_held_out: int
-    tensors: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
-
-    def apply_(self, model: nn.Module) -> nn.Module:
-        """Write this point's weights (and normalisation statistics) into a model of the same shape, in place.
-
-        Returns:
-            The model.
-
-        Raises:
-            ValueError: The point's tensors were not stored, or the model lacks some of them or has other shapes; all
-                mismatches are listed and nothing is written.
-        """
-        if self.tensors is None:
-            raise ValueError(f"apply_: point {self.step} was not stored; walk with store='all' to keep every point")
-        own = unwrapped(model)
-        targets = dict(own.named_parameters()) | dict(own.named_buffers())
-        problems = [
-            f"{name} {list(t.shape)}" + ("" if name in targets else " is missing from the model")
-            for name, t in self.tensors.items()
-            if name not in targets or targets[name].shape != t.shape
-        ]
-        if problems:
-            raise ValueError(f"apply_: the model does not fit the path's tensors: {'; '.join(problems)}")
-        with torch.no_grad():
-            for name, value in self.tensors.items():
-                targets[name].copy_(value)
-        return model
-
-    def to_dict(self) -> dict[str, float]:
-        """The measured numbers by name, ready for a logger."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
+    objective_name: str
+    maximise: bool
+    begin: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,13 +38,14 @@ class PathResult(Sequence[PathPoint]):
 
     Attributes:
         points: The accepted points, the start first.
-        objective_name: What `objective` in the points is, with its unit.
+        objective_name: What `objective` in the points of the last leg is, with its unit.
         maximise: Whether a larger objective is the better one.
         budget: The largest drift that was allowed, if any.
-        outcome: Why the path ended: "reached", "budget", "stalled" or "max_steps".
+        outcome: Why the path ended: "reached", "budget", "stalled", "max_steps" or "stopped".
         message: The same in words, with what would take it further.
         state: What `resume=` continues from: tensors and plain values.
         settings: How the path was walked.
+        legs: The objectives one after the other; one unless the path was continued with `after=`.
     """
 
     points: tuple[PathPoint, ...] = field(repr=False)
@@ -104,6 +56,12 @@ class PathResult(Sequence[PathPoint]):
     message: str
     state: Mapping[str, Any] = field(repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    legs: tuple[Leg, ...] = ()
+
+    def __post_init__(self) -> None:
+        """A path of one objective is one leg."""
+        if not self.legs:
+            object.__setattr__(self, "legs", (Leg(self.objective_name, self.maximise),))
 
     def __str__(self) -> str:
         """One line: how far it went and what it cost."""
@@ -127,16 +85,32 @@ class PathResult(Sequence[PathPoint]):
         return iter(self.points)
 
     def best(
-        self, *, max_changed: float | None = None, max_drift: float | None = None, confidence: float | None = None
+        self,
+        *,
+        max_changed: float | None = None,
+        max_drift: float | None = None,
+        confidence: float | None = None,
+        multiplicity: str = "sequence",
     ) -> PathPoint:
-        """The stored point that serves the objective best within what may be lost.
+        """The stored point of the last leg that serves its objective best within what may be lost.
+
+        With a confidence the promise is about inputs beyond those at hand: in at least that share of repetitions the
+        point that comes out changes at most `max_changed` of the predictions. Several points are tested with the same
+        inputs, and picking one of them would spend some of the confidence, so one of these makes up for it:
+
+        - "sequence": points are tested in the order of the path, each at full confidence, up to the first that fails.
+          No point behind that one is considered. The order was fixed before any held-out input was looked at, so the
+          first point whose true rate is too high fails with the full confidence, and no correction is due (fixed
+          sequences: Maurer, Hothorn & Lehmacher, Multiple comparisons in drug clinical trials, 1995).
+        - "bonferroni": every one of K points is tested at 1 - (1 - confidence) / K. It can step over a bad point.
+        - "none": each point at full confidence, as if it had been named beforehand.
 
         Args:
             max_changed: Largest share of changed predictions on the held-out inputs.
-            max_drift: Largest drift.
+            max_drift: Largest drift, as it was observed.
             confidence: When given (0.95, say), `max_changed` bounds not the observed share but its exact upper
-                confidence bound (Clopper & Pearson, 1934), so that it holds beyond the inputs at hand. It is the bound
-                for one point; picking the best of several spends some of it.
+                confidence bound (Clopper & Pearson, 1934).
+            multiplicity: What makes up for picking one of several points, see above.
 
         Returns:
             The point.
@@ -144,49 +118,97 @@ class PathResult(Sequence[PathPoint]):
         Raises:
             ValueError: No stored point is within the limits; the message says how near the path came.
         """
-        candidates = [p for p in self.points if p.tensors is not None]
-        if max_drift is not None:
-            candidates = [p for p in candidates if p.drift <= max_drift]
-        if max_changed is not None:
-            candidates = [p for p in candidates if self._changed(p, confidence) <= max_changed]
+        if multiplicity not in MULTIPLICITY:
+            raise ValueError(
+                f"best: multiplicity: got {multiplicity!r}, expected one of {', '.join(map(repr, MULTIPLICITY))}"
+            )
+        stored = self._stored()
         if max_changed is not None and all(p.changed != p.changed for p in self.points):
             raise ValueError("best: max_changed: outputs of this geometry predict no class; use max_drift instead")
+        each = confidence
+        if confidence is not None and multiplicity == "bonferroni":
+            each = 1 - (1 - confidence) / max(len(stored), 1)
+        candidates = stored
+        if max_changed is not None:
+            passed = [self._changed(p, each) <= max_changed for p in stored]
+            if confidence is not None and multiplicity == "sequence":
+                passed = passed[: [*passed, False].index(False)]
+            candidates = [p for p, ok in zip(stored, passed, strict=False) if ok]
+        if max_drift is not None:
+            candidates = [p for p in candidates if p.drift <= max_drift]
         if not candidates:
-            least = min((self._changed(p, confidence) for p in self.points), default=float("nan"))
+            least = min((self._changed(p, each) for p in self.points), default=float("nan"))
             raise ValueError(
                 f"best: no stored point has max_changed={max_changed}, max_drift={max_drift}; the least changed share"
-                f"{'' if confidence is None else f' certified at {confidence:.0%}'} on {self.points[0].num_held_out}"
+                f"{'' if each is None else f' certified at {100 * each:.6g}%'} on {self.points[0].num_held_out}"
                 f" held-out inputs is {least:.4f}; allow more, or pass more held_out inputs"
             )
         sign = 1 if self.maximise else -1
         return max(candidates, key=lambda p: (sign * p.objective, -p.drift))
 
+    def at(self, *, objective: float) -> PathPoint:
+        """The stored point of the last leg whose objective is nearest to a value; of equally near ones the first.
+
+        Raises:
+            ValueError: No point of the last leg was stored.
+
+        Examples:
+            >>> import torch
+            >>> from fipgeo import sparsify
+            >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+            >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+            >>> sparsify(net, x, (0.25, 0.5), corrector="gauss-newton").at(objective=0.25).sparsity
+            0.25
+        """
+        stored = self._stored()
+        if not stored:
+            raise ValueError("at: no point of the last leg was stored; walk with store='all' to keep every point")
+        return min(stored, key=lambda p: abs(p.objective - objective))
+
+    def until(self, point: PathPoint | int) -> PathResult:
+        """The path up to a stored point, to go on from there with `after=`.
+
+        Args:
+            point: A point of the path, or its step.
+
+        Returns:
+            The shorter path. It can be continued with `after=`; what `resume=` needs is known at the end of a walk
+            only.
+
+        Raises:
+            ValueError: The path has no such point, or it was not stored.
+        """
+        step = point if isinstance(point, int) else point.step
+        if not 0 <= step < len(self):
+            raise ValueError(f"until: got step {step}, expected one of 0 to {len(self) - 1}")
+        if self.points[step].tensors is None:
+            raise ValueError(f"until: point {step} was not stored; walk with store='all' to keep every point")
+        legs = (self.legs[0], *(leg for leg in self.legs[1:] if leg.begin < step))
+        generators = {k: v for k, v in self.state.items() if k.startswith("generator")}
+        return replace(
+            self,
+            points=self.points[: step + 1],
+            objective_name=legs[-1].objective_name,
+            maximise=legs[-1].maximise,
+            outcome="stopped",
+            message="the path was cut at a chosen point; pass after= to go on from there",
+            state=generators,
+            legs=legs,
+        )
+
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the path to one safetensors file: points, weights and the state to resume from.
+
+        The start is written whole; of every other point the places of its zeros (a bit a weight) and its other
+        weights, or what differs from the point before it, whichever is less. All comes back bit for bit.
 
         Raises:
             FileExistsError: There is such a file and `overwrite` is False.
         """
-        tensors = {
-            f"points.{p.step}.{name}": t for p in self.points if p.tensors is not None for name, t in p.tensors.items()
-        }
-        plain = {}
-        for key, value in self.state.items():
-            if isinstance(value, Tensor):
-                tensors[f"state.{key}"] = value
-            else:
-                plain[key] = value
-        meta = {
-            "kind": "path",
-            "points": [{k: _plain(v) for k, v in p.to_dict().items()} for p in self.points],
-            "objective_name": self.objective_name,
-            "maximise": self.maximise,
-            "budget": self.budget,
-            "outcome": self.outcome,
-            "message": self.message,
-            "state": plain,
-            "settings": dict(self.settings),
-        }
+        tensors, meta = write_path(self.points, self.state)
+        meta |= {key: getattr(self, key) for key in ("objective_name", "maximise", "budget", "outcome", "message")}
+        meta |= {"kind": "path", "settings": dict(self.settings)}
+        meta["legs"] = [[leg.objective_name, leg.maximise, leg.begin] for leg in self.legs]
         io.save_record(path, tensors, meta, overwrite=overwrite)
 
     @classmethod
@@ -199,15 +221,10 @@ class PathResult(Sequence[PathPoint]):
         tensors, meta = io.load_record(path)
         if meta.get("kind") != "path":
             raise ValueError(f"load: {os.fspath(path)} holds {meta.get('kind', 'no record of fipgeo')}, not a path")
-        points = []
-        for entry in meta["points"]:
-            head = f"points.{entry['step']}."
-            own = {name[len(head) :]: t for name, t in tensors.items() if name.startswith(head)}
-            numbers: dict[str, Any] = {k: float("nan") if v is None else v for k, v in entry.items()}
-            points.append(PathPoint(**numbers, tensors=own or None))
-        state = dict(meta["state"]) | {k[6:]: t for k, t in tensors.items() if k.startswith("state.")}
+        points, state = read_path(tensors, meta)
         keys = ("objective_name", "maximise", "budget", "outcome", "message", "settings")
-        return cls(points=tuple(points), state=state, **{k: meta[k] for k in keys})
+        legs = tuple(Leg(*leg) for leg in meta["legs"])
+        return cls(points=points, state=state, legs=legs, **{k: meta[k] for k in keys})
 
     def thinned(self, keep: Sequence[int]) -> PathResult:
         """The same path with the tensors of all points dropped but those at the indices `keep`."""
@@ -221,12 +238,13 @@ class PathResult(Sequence[PathPoint]):
 
         return plotting.plot_path(self, axes=axes, **kwargs)
 
+    def _stored(self) -> list[PathPoint]:
+        """Points with tensors of the last leg, whose objective is the same for all of them."""
+        begin = self.legs[-1].begin
+        return [p for p in self.points if p.tensors is not None and (p.step > begin or len(self.legs) == 1)]
+
     @staticmethod
     def _changed(point: PathPoint, confidence: float | None) -> float:
-        if confidence is None:
+        if confidence is None or point.changed != point.changed:
             return point.changed
         return changed_upper_bound(round(point.changed * point.num_held_out), point.num_held_out, confidence)
-
-
-def _plain(value: float) -> float | None:
-    return None if value != value else value

@@ -22,6 +22,8 @@ class PathState:
         size: Size of the next step.
         objective: The objective's state.
         corrector: The corrector's state.
+        drift: Drift on the control inputs at this position.
+        error: Error of the last step, for the control of the next; None before the first.
         cost: Model evaluations so far.
         seconds: Wall time so far.
     """
@@ -31,12 +33,14 @@ class PathState:
     size: float
     objective: Mapping[str, Tensor] = field(default_factory=dict)
     corrector: Mapping[str, Tensor] = field(default_factory=dict)
+    drift: float = 0.0
+    error: float | None = None
     cost: float = 0.0
     seconds: float = 0.0
 
     def flat(self) -> dict[str, Any]:
         """Tensors and plain values by name."""
-        out: dict[str, Any] = {"size": self.size, "cost": self.cost, "seconds": self.seconds}
+        out: dict[str, Any] = {key: getattr(self, key) for key in ("size", "drift", "error", "cost", "seconds")}
         out |= {"theta": self.position.theta, "start": self.start.theta}
         groups = {"buffers": self.position.buffers, "start_buffers": self.start.buffers}
         groups |= {"objective": self.objective, "corrector": self.corrector}
@@ -52,9 +56,7 @@ class PathState:
         return cls(
             position=Position(flat["theta"].to(device), group("buffers")),
             start=Position(flat["start"].to(device), group("start_buffers")),
-            size=flat["size"],
             objective=group("objective"),
             corrector=group("corrector"),
-            cost=flat["cost"],
-            seconds=flat["seconds"],
+            **{key: flat[key] for key in ("size", "drift", "error", "cost", "seconds")},
         )

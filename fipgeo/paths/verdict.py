@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fipgeo.jacobian import EmbeddedOutputs
 from fipgeo.model import NotFiniteError
-from fipgeo.outputs import Geometry, changed_predictions, squared_distance
+from fipgeo.outputs import Bernoulli, Geometry, changed_predictions, over_entries, squared_distance
+from fipgeo.paths.certificate import Certificate, certify, changed_upper_bound
 from fipgeo.paths.kept import live_entries
 
-
-def changed_upper_bound(changed: int, total: int, confidence: float = 0.95) -> float:
-    """Exact one-sided upper confidence bound on a rate, from `changed` out of `total` independent trials.
-
-    The largest p with P(Binomial(total, p) <= changed) >= 1 - confidence (Clopper & Pearson, The Use of Confidence or
-    Fiducial Limits, Biometrika 1934); the quantile of a Beta(changed + 1, total - changed) distribution.
-
-    Args:
-        changed: Successes.
-        total: Trials, at least 1.
-        confidence: Between 0 and 1.
-
-    Returns:
-        The bound; 1 when every trial succeeded.
-
-    Raises:
-        ValueError: The counts or the confidence are out of range.
-
-    Examples:
-        >>> round(changed_upper_bound(0, 100), 4)
-        0.0295
-    """
-    if not (0 <= changed <= total and total > 0):
-        raise ValueError(f"changed: got {changed} of {total}, expected 0 <= changed <= total with total > 0")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: got {confidence}, expected a number between 0 and 1")
-    if changed == total:
-        return 1.0
-    from scipy.special import betaincinv
-
-    return float(betaincinv(changed + 1, total - changed, confidence))
+__all__ = ["Measured", "Verdict", "changed_upper_bound", "spread_of"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +26,7 @@ class Measured:
     drift: float
     changed: float
     changed_upper: float
+    certificate: Certificate | None = None
 
 
 class Verdict:
@@ -62,6 +35,7 @@ class Verdict:
     Args:
         function: Embedded outputs on the held-out inputs.
         theta: The start.
+        spread: The unit of drift, if it is not to be that of these inputs.
 
     Attributes:
         spread: Root mean square distance of the start's embedded outputs from their mean: the unit of drift.
@@ -69,43 +43,103 @@ class Verdict:
         num_compared: Those of them with a position that counts, whose predictions are compared.
     """
 
-    def __init__(self, function: EmbeddedOutputs, theta: Tensor) -> None:
+    def __init__(self, function: EmbeddedOutputs, theta: Tensor, spread: float | None = None) -> None:
         self.function = function
         self.reference: list[tuple[Tensor, ...]] = []
-        self.num_examples, self.num_compared, counting = 0, 0, []
+        live, counting, classes, sure = [], [], [], []
         for batch, outputs in function.outputs(theta):
             masks = function.masks(outputs, batch)
             self.reference.append(outputs)
-            counting.append(tuple(f if m is None else f[m] for f, m in zip(outputs, masks, strict=True)))
-            self.num_examples += len(outputs[0])
-            self.num_compared += int(live_entries(function, outputs, batch).any(1).sum())
-        self.spread = _spread(function.geometry, counting, self.num_examples)
+            counting.append(_counting(outputs, masks))
+            live.append(live_entries(function, outputs, batch).any(1))
+            classes.append(_classes(function.geometry, outputs))
+            sure.append(_sureness(function.geometry, outputs, masks))
+        self.live = torch.cat(live)
+        self.classes, self.sureness = _joined(classes), _joined(sure)
+        self.num_examples, self.num_compared = len(self.live), int(self.live.sum())
+        self.spread = _spread(function.geometry, counting, self.num_examples) if spread is None else spread
 
-    def measure(self, theta: Tensor, function: EmbeddedOutputs | None = None) -> Measured:
+    def measure(self, theta: Tensor, function: EmbeddedOutputs | None = None, *, certify: bool = False) -> Measured:
         """Distance of the function at theta from the start's; exactly 0 at the start.
 
         Args:
             theta: The point, `[D]`.
             function: The same inputs under other normalisation statistics, if the path has moved them.
+            certify: Say what follows for other inputs like these, too (see `Certificate`).
 
         Raises:
             NotFiniteError: Outputs at theta are not finite.
         """
         function = self.function if function is None else function
-        total, changed, predicts = 0.0, 0, True
+        squares, moves, sure = [], [], []
         for (batch, outputs), reference in zip(function.outputs(theta), self.reference, strict=True):
             wide, wide0 = (tuple(f.double() for f in tensors) for tensors in (outputs, reference))
             masks = function.masks(outputs, batch)
-            total += float(squared_distance(function.geometry, wide, wide0, masks).sum())
-            moved = changed_predictions(function.geometry, outputs, reference, masks)
-            predicts = predicts and moved is not None
-            changed += 0 if moved is None else int(moved.sum())
+            squares.append(squared_distance(function.geometry, wide, wide0, masks))
+            moves.append(changed_predictions(function.geometry, outputs, reference, masks))
+            sure.append(_sureness(function.geometry, outputs, masks) if certify else None)
+        squared, moved, sureness = torch.cat(squares), _joined(moves), _joined(sure)
+        total = float(squared.sum())
         if not math.isfinite(total):
             raise NotFiniteError("outputs: the distance to the start is not finite")
         distance = math.sqrt(total / self.num_examples)
-        share = changed / self.num_compared if predicts else math.nan
-        upper = changed_upper_bound(changed, self.num_compared) if predicts else math.nan
-        return Measured(distance, distance / self.spread, share, upper)
+        share = upper = math.nan
+        if moved is not None:
+            moved = moved[self.live]
+            share = int(moved.sum()) / self.num_compared
+            upper = changed_upper_bound(int(moved.sum()), self.num_compared)
+        found = Measured(distance, distance / self.spread, share, upper)
+        return Measured(*_numbers(found), self._certificate(squared, moved, sureness)) if certify else found
+
+    def _certificate(self, squared: Tensor, moved: Tensor | None, sureness: Tensor | None) -> Certificate:
+        surer = None if sureness is None or self.sureness is None else (sureness - self.sureness)[self.live]
+        classes = None if self.classes is None else self.classes[self.live]
+        return certify(squared, self.spread, moved, classes, surer)
+
+
+def spread_of(function: EmbeddedOutputs, theta: Tensor) -> float:
+    """Root mean square distance of the embedded outputs at theta from their mean; 1 where all outputs are equal."""
+    counting, num_examples = [], 0
+    for batch, outputs in function.outputs(theta):
+        counting.append(_counting(outputs, function.masks(outputs, batch)))
+        num_examples += len(outputs[0])
+    return _spread(function.geometry, counting, num_examples)
+
+
+def _numbers(found: Measured) -> tuple[float, float, float, float]:
+    return found.distance, found.drift, found.changed, found.changed_upper
+
+
+def _joined(parts: list[Any]) -> Tensor | None:
+    """Parts of all batches as one tensor; None where any is missing."""
+    return None if any(part is None for part in parts) else torch.cat(parts)
+
+
+def _counting(outputs: tuple[Tensor, ...], masks: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Outputs at the positions that count."""
+    return tuple(f if m is None else f[m] for f, m in zip(outputs, masks, strict=True))
+
+
+def _classes(geometry: Geometry, outputs: tuple[Tensor, ...]) -> Tensor | None:
+    """The predicted class of every input `[n]`, where there is exactly one."""
+    predicted = geometry.predict(outputs[0]) if len(outputs) == 1 else None
+    return predicted.flatten() if predicted is not None and predicted.numel() == len(outputs[0]) else None
+
+
+def _sureness(geometry: Geometry, outputs: tuple[Tensor, ...], masks: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Probability that the network gives to what it predicts, `[n]`, a mean over the positions that count."""
+    total = count = torch.zeros(len(outputs[0]), dtype=torch.float64, device=outputs[0].device)
+    for f, mask in zip(outputs, masks, strict=True):
+        if geometry.predict(f) is None:
+            return None
+        if isinstance(geometry, Bernoulli):
+            sure = torch.sigmoid(f.double().abs())
+        else:
+            sure = torch.softmax(f.double(), -1).amax(-1)
+        chosen = torch.ones_like(sure) if mask is None else over_entries(mask, sure).expand_as(sure).double()
+        total = total + torch.where(chosen > 0, sure, 0).reshape(len(f), -1).sum(1)
+        count = count + chosen.reshape(len(f), -1).sum(1)
+    return total / count.clamp_min(1)
 
 
 def _spread(geometry: Geometry, counting: list[tuple[Tensor, ...]], num_examples: int) -> float:

@@ -1,6 +1,8 @@
 """Laws of the step-size control, over random controls and drifts."""
 
 import math
+import random
+import statistics
 
 import pytest
 from hypothesis import given
@@ -24,25 +26,79 @@ def controls_and_sizes(draw: st.DrawFn) -> tuple[StepControl, float]:
     return control, draw(st.floats(control.smallest, control.largest))
 
 
-@given(controls_and_sizes(), ADDED)
-def test_the_next_size_is_in_range_and_near_the_last(case: tuple[StepControl, float], added: float) -> None:
+BEFORE = st.none() | st.floats(0.01, 100)  # the last error in tolerances
+PREDICTED = st.none() | st.floats(-10, 10)
+
+
+def scaled(control: StepControl, before: float | None) -> float | None:
+    return None if before is None else before * control.tolerance
+
+
+@given(controls_and_sizes(), ADDED, PREDICTED, BEFORE)
+def test_the_next_size_is_in_range_and_near_the_last(
+    case: tuple[StepControl, float], added: float, predicted: float | None, before: float | None
+) -> None:
     control, size = case
-    following = control.following(size, added=added)
+    following = control.following(size, error=control.error(added, predicted), before=scaled(control, before))
     assert control.smallest <= following <= control.largest
     assert following <= 1.5 * size * (1 + 1e-12)
     assert following >= min(0.5 * size, control.largest) * (1 - 1e-12)
 
 
-@given(controls_and_sizes(), ADDED, ADDED)
-def test_more_drift_never_gives_a_larger_step(case: tuple[StepControl, float], one: float, two: float) -> None:
+@given(controls_and_sizes(), ADDED, ADDED, BEFORE)
+def test_more_drift_never_gives_a_larger_step(
+    case: tuple[StepControl, float], one: float, two: float, before: float | None
+) -> None:
     control, size = case
-    assert control.following(size, added=max(one, two)) <= control.following(size, added=min(one, two))
+    sizes = [
+        control.following(size, error=control.error(e), before=scaled(control, before)) for e in sorted((one, two))
+    ]
+    assert sizes[1] <= sizes[0]
+
+
+@given(controls_and_sizes(), ADDED, st.floats(-10, 10))
+def test_an_error_is_the_drift_added_or_how_wrong_the_prediction_was(
+    case: tuple[StepControl, float], added: float, predicted: float
+) -> None:
+    control, _ = case
+    within = {e: min(max(e, control.tolerance / 100), 100 * control.tolerance) for e in (added, abs(added - predicted))}
+    assert control.error(added, predicted) == max(within.values())
+    assert control.error(added) == control.error(added, math.nan) == within[added]
+    assert control.error(added, predicted) >= control.error(added)  # a prediction never makes steps larger
 
 
 @given(controls_and_sizes())
 def test_a_step_that_adds_the_tolerance_is_repeated(case: tuple[StepControl, float]) -> None:
     control, size = case
-    assert control.following(size, added=control.tolerance) == size
+    for before in (None, control.tolerance):
+        assert control.following(size, error=control.tolerance, before=before) == pytest.approx(size, rel=1e-12)
+
+
+def sizes_on(control: StepControl, constant: float, noise: list[float], proportional: bool) -> list[float]:
+    """Sizes where a step of size h adds constant h^2 times the noise."""
+    size, before, sizes = control.initial, None, []
+    for factor in noise:
+        error = control.error(constant * size**2 * factor)
+        size = control.following(size, error=error, before=None if proportional else before)
+        before = error
+        sizes.append(size)
+    return sizes
+
+
+@given(st.floats(0.1, 10), st.floats(0.02, 0.9), st.booleans())
+def test_sizes_settle_where_a_step_adds_the_tolerance(constant: float, initial: float, proportional: bool) -> None:
+    control = StepControl(initial, 1e-4, 100.0, tolerance=0.04)
+    last = sizes_on(control, constant, [1.0] * 60, proportional)[-1]
+    assert constant * last**2 == pytest.approx(0.04, rel=1e-3)
+
+
+@given(st.integers(0, 10**6))
+def test_noise_in_the_drift_moves_sizes_less_than_a_proportional_control_would(seed: int) -> None:
+    source = random.Random(seed)
+    noise = [math.exp(source.gauss(0, 0.3)) for _ in range(400)]
+    control = StepControl(0.2, 1e-4, 100.0, tolerance=0.04)
+    spreads = [statistics.pstdev(map(math.log, sizes_on(control, 1.0, noise, kind)[20:])) for kind in (False, True)]
+    assert spreads[0] < 0.9 * spreads[1]
 
 
 @given(controls_and_sizes(), ADDED, st.floats(0, 10), st.none() | st.floats(1e-3, 10))

@@ -73,6 +73,7 @@ def test_a_confidence_asks_for_the_bound_instead_of_the_share() -> None:
     path = path_of(RISING)
     assert path.best(max_changed=0.05).step == 5
     certified = path.best(max_changed=0.05, confidence=0.95)
+    assert path.best(max_changed=0.05, confidence=0.95, multiplicity="none") is certified
     assert certified.changed_upper <= 0.05 < path[certified.step + 1].changed_upper
     assert path.best(max_changed=0.05, confidence=0.6).step > certified.step
 
@@ -95,7 +96,7 @@ def test_best_among_the_stored_points_of_a_thin_path() -> None:
 
 def test_to_dict_is_flat_and_complete() -> None:
     numbers = RISING[1].to_dict()
-    assert "tensors" not in numbers and len(numbers) == 12
+    assert not {"tensors", "layers", "certificate"} & numbers.keys() and len(numbers) == 13
     assert all(type(v) in (int, float) for v in numbers.values())
 
 

@@ -18,6 +18,7 @@ import fipgeo
 from fipgeo import Categorical, FirstOrder, GaussNewton, PathResult, SaturationWarning, adapt, sparsify
 from fipgeo.jacobian import EmbeddedOutputs
 from fipgeo.paths import Correction, Corrector, Verdict
+from fipgeo.paths.start import Inputs
 
 from .toys import (
     CORRECTORS,
@@ -28,6 +29,7 @@ from .toys import (
     loaded,
     mlp,
     same_paths,
+    same_tensors,
     sparse_path,
     stored,
     verdict_by_hand,
@@ -83,7 +85,7 @@ def test_no_accepted_point_exceeds_the_budget(corrector: Corrector, seed: int, b
     except ValueError as error:
         assert "is below the first step" in str(error)
         return
-    assert path.budget == budget and all(p.drift <= budget for p in path)
+    assert path.budget == budget and all(p.control_drift <= budget for p in path)
     assert path.outcome in ("budget", "reached")
     assert path.outcome == "reached" or ("budget" in path.message and path[-1].sparsity < 0.95)
 
@@ -92,7 +94,7 @@ def test_no_accepted_point_exceeds_the_budget(corrector: Corrector, seed: int, b
 @settings(max_examples=2)
 def test_learning_stays_within_the_budget(seed: int) -> None:
     path = adapted(mlp(seed), seed, budget=0.02)
-    assert all(p.drift <= 0.02 for p in path)
+    assert all(p.control_drift <= 0.02 for p in path)
 
 
 class Spy(Corrector):
@@ -107,26 +109,49 @@ class Spy(Corrector):
 
 
 @pytest.mark.parametrize("kind", ["tensor", "list", "loader"])
-@pytest.mark.parametrize("share", [0.2, 0.5])
-def test_the_verdicts_inputs_are_not_those_of_the_steps(
-    kind: str, share: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("share", [0.2, 0.5, None])
+def test_inputs_of_steps_of_their_control_and_of_the_verdict_are_others(
+    kind: str, share: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = inputs(3, 40)
+    x, other = inputs(3, 40), inputs(4, 15)
     held: list[Tensor] = []
 
     class Watched(Verdict):
-        def __init__(self, function: EmbeddedOutputs, theta: Tensor) -> None:
+        def __init__(self, function: EmbeddedOutputs, *args: Any) -> None:
             held.append(torch.cat([b if isinstance(b, Tensor) else b[0] for b in function.batches]))
-            super().__init__(function, theta)
+            super().__init__(function, *args)
 
     monkeypatch.setattr(WALK, "Verdict", Watched)
     spy = Spy(CORRECTORS["first-order"])
     data = {"tensor": x, "list": list(x.split(7)), "loader": DataLoader(TensorDataset(x), batch_size=7, shuffle=True)}
-    path = sparse_path(mlp(0), data[kind], 0.3, corrector=spy, held_out=share)
-    used, unused = {tuple(r.tolist()) for r in spy.rows}, {tuple(r.tolist()) for r in held[0]}
-    assert not used & unused
-    assert used | unused == {tuple(r.tolist()) for r in x}
-    assert len(unused) == path[0].num_held_out == round(share * 40)
+    given = fipgeo.as_batches(other) if share is None else share
+    path = sparse_path(mlp(0), data[kind], 0.3, corrector=spy, held_out=given)
+    used, control, unused = ({tuple(r.tolist()) for r in rows} for rows in (spy.rows, *held))
+    assert not used & unused and not used & control and not control & unused
+    assert used | control | unused == {tuple(r.tolist()) for r in (x if share else torch.cat([x, other]))}
+    assert len(unused) == path[0].num_held_out == (15 if share is None else round(share * 40))
+    assert len(control) == (40 - len(unused) * (share is not None)) // 4
+
+
+@pytest.mark.parametrize(("count", "control"), [(1, 1), (2, 1), (4, 1), (20, 5), (64, 16), (400, 40), (5000, 128)])
+def test_a_tenth_controls_but_neither_few_nor_many(count: int, control: int) -> None:
+    data = fipgeo.as_batches(torch.arange(count))
+    parts = Inputs.of(data, fipgeo.as_batches(torch.zeros(3)), torch.Generator().manual_seed(0))
+    sizes = [sum(len(b) for b in part) for part in (parts.protected, parts.control, parts.verdict)]
+    assert sizes == [max(count - control, 1), control, 3]
+
+
+@pytest.mark.parametrize("kind", CORRECTORS)
+def test_what_the_verdict_measures_decides_nothing(kind: str) -> None:
+    # other held-out inputs, on which every point measures otherwise, give the same weights and the same costs
+    walked = [
+        sparse_path(mlp(0), inputs(3, 40), 0.8, corrector=CORRECTORS[kind], held_out=fipgeo.as_batches(held))
+        for held in (inputs(7, 25), 3 * inputs(8, 25))
+    ]
+    for p, q in zip(*walked, strict=True):
+        same_tensors(p.tensors, q.tensors)
+        assert p.control_drift == q.control_drift
+    assert walked[0][-1].drift != walked[1][-1].drift
 
 
 class Keyword(nn.Module):
@@ -177,6 +202,17 @@ def test_callbacks_get_flat_numbers_of_every_accepted_point() -> None:
     for info, point in zip(seen, path[1:], strict=True):
         assert all(isinstance(k, str) and type(v) in (int, float) for k, v in info.items())
         assert info == point.to_dict()
+
+
+def test_a_callback_that_returns_true_stops_the_walk() -> None:
+    whole = sparse_path(mlp(0), inputs(3, 40), 0.9)
+    path = sparse_path(mlp(0), inputs(3, 40), 0.9, callback=lambda numbers: numbers["step"] == 2)
+    assert path.outcome == "stopped" and len(path) == 3 and "resume" in path.message
+    same_paths(sparse_path(mlp(0), inputs(3, 40), 0.9, resume=path), whole)
+    going_on = sparse_path(mlp(0), inputs(3, 40), 0.9, callback=lambda numbers: [numbers])  # what a logger may return
+    same_paths(going_on, whole)
+    at_the_end = sparse_path(mlp(0), inputs(3, 40), 0.9, callback=lambda numbers: numbers["sparsity"] >= 0.8)
+    assert at_the_end.outcome in ("stopped", "reached")
 
 
 def test_silence_unless_asked_for_a_bar(capfd: pytest.CaptureFixture[str]) -> None:
