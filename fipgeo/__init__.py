@@ -32,6 +32,7 @@ from fipgeo.paths import (
     sparsify,
     walk,
 )
+from fipgeo.shrink import as_masks, channel_groups, shrink, to_dense_, to_prune_
 from fipgeo.space import WeightSpace
 
 if TYPE_CHECKING:
@@ -72,16 +73,21 @@ __all__ = [
     "__version__",
     "adapt",
     "as_batches",
+    "as_masks",
     "basis",
     "changed_upper_bound",
+    "channel_groups",
     "linalg",
     "metric",
     "outputs",
     "plotting",
     "principal_angles",
+    "shrink",
     "sketch_error",
     "sketch_trace",
     "sparsify",
+    "to_dense_",
+    "to_prune_",
     "walk",
 ]
 

@@ -18,7 +18,7 @@ LEVELS = [
     {"linalg", "io", "trees"},
     {"space", "outputs", "data"},
     {"basis", "model"},
-    {"jacobian"},
+    {"jacobian", "shrink"},
     {"metrics"},
     {"field"},
     {"paths"},
