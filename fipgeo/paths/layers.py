@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +74,7 @@ def layer_grams(
     position: Position,
     *,
     gaps: bool = False,
+    only: Collection[str] | None = None,
     positions: int | None = 64,
     generator: Generator = None,
     max_bytes: int = MAX_BYTES,
@@ -89,6 +90,7 @@ def layer_grams(
         kept: The protected inputs; passed over once, or twice with `gaps`.
         position: Where the inputs of the maps are taken.
         gaps: Whether to compare outputs with the start network's, for `LayerGram.gap`.
+        only: Names of the weights to look at, None for all.
         positions: Positions of every example that are looked at, drawn at random, or None for all of them.
         generator: Source of these draws.
         max_bytes: Most memory for unfolded inputs.
@@ -113,11 +115,13 @@ def layer_grams(
     outside: set[str] = set()
     with model.frozen():
         for batch, z0 in zip(kept.batches, kept.reference, strict=True):
-            outputs, mask, n = Targets(positions, draws), mask_of(kept, batch), len(z0)
+            outputs, mask, n = Targets(positions, draws, only), mask_of(kept, batch), len(z0)
             if gaps:
                 outside |= watch(start, weights0, batch, n, outputs)
 
             def add(call: Call, outputs: Targets = outputs, mask: Tensor | None = mask) -> None:
+                if only is not None and call.term.name not in only:
+                    return
                 index, target = outputs.take(call) if gaps else (call.sample(positions, draws), None)
                 sums.setdefault(call.term.name, Moments(call)).add(call, index, target, mask, max_bytes)
 
@@ -237,12 +241,14 @@ class Call:
 class Targets:
     """The start network's outputs at the positions drawn, kept until the present network comes by."""
 
-    def __init__(self, positions: int | None, generator: torch.Generator) -> None:
-        self.positions, self.generator = positions, generator
+    def __init__(self, positions: int | None, generator: torch.Generator, only: Collection[str] | None = None) -> None:
+        self.positions, self.generator, self.only = positions, generator, only
         self.kept: dict[str, list[tuple[Tensor | None, Tensor]]] = {}
 
     def __call__(self, call: Call) -> None:
         """Note one use of a map in the start network."""
+        if self.only is not None and call.term.name not in self.only:
+            return
         index = call.sample(self.positions, self.generator)
         images = call.images(index)
         own = images if images.data_ptr() != call.out.data_ptr() else images.clone()  # a model may write into it
