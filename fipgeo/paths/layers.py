@@ -114,10 +114,10 @@ def layer_grams(
     sums: dict[str, Moments] = {}
     outside: set[str] = set()
     with model.frozen():
-        for batch, z0 in zip(kept.batches, kept.reference, strict=True):
-            outputs, mask, n = Targets(positions, draws, only), mask_of(kept, batch), len(z0)
+        for batch, n in zip(kept.batches, kept.survey.examples, strict=True):
+            outputs, mask, inputs = Targets(positions, draws, only), mask_of(kept, batch), kept.function.inputs(batch)
             if gaps:
-                outside |= watch(start, weights0, batch, n, outputs)
+                outside |= watch(start, weights0, inputs, n, outputs)
 
             def add(call: Call, outputs: Targets = outputs, mask: Tensor | None = mask) -> None:
                 if only is not None and call.term.name not in only:
@@ -125,7 +125,7 @@ def layer_grams(
                 index, target = outputs.take(call) if gaps else (call.sample(positions, draws), None)
                 sums.setdefault(call.term.name, Moments(call)).add(call, index, target, mask, max_bytes)
 
-            outside |= watch(model, weights, batch, n, add)
+            outside |= watch(model, weights, inputs, n, add)
     return {name: found.record() for name, found in sums.items() if name not in outside and found.count}
 
 
@@ -308,15 +308,15 @@ Visit = Callable[[Call], Any]
 """Called with every use of a linear map; a tensor that it returns takes the place of the map's output."""
 
 
-def watch(model: OutputMap, weights: Mapping[str, Tensor], batch: Any, examples: int, visit: Visit) -> set[str]:
-    """Run the model on a batch and visit the linear maps as they are used; inside `model.frozen()`.
+def watch(model: OutputMap, weights: Mapping[str, Tensor], inputs: Any, examples: int, visit: Visit) -> set[str]:
+    """Run the model on inputs and visit the linear maps as they are used; inside `model.frozen()`.
 
     Returns:
         The weights that are used in another way as well.
     """
     names = {id(t): name for name, t in weights.items()}
     with _Watcher(names, examples, visit, weights) as seen:
-        model.call(weights, batch)
+        model.call(weights, inputs)
     several = Counter(name for name, _ in set(seen.kinds))
     return seen.outside | {name for name, kinds in several.items() if kinds > 1}
 

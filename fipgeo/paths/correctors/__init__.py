@@ -4,5 +4,6 @@ from fipgeo.paths.correctors.base import Correction, Corrector, State
 from fipgeo.paths.correctors.first_order import FirstOrder
 from fipgeo.paths.correctors.gauss_newton import GaussNewton
 from fipgeo.paths.correctors.local import LayerLocal
+from fipgeo.paths.correctors.mixed import Mixed
 
-__all__ = ["Correction", "Corrector", "FirstOrder", "GaussNewton", "LayerLocal", "State"]
+__all__ = ["Correction", "Corrector", "FirstOrder", "GaussNewton", "LayerLocal", "Mixed", "State"]

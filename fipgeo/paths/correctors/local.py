@@ -91,7 +91,7 @@ class LayerLocal(Corrector):
     ) -> tuple[Tensor, float]:
         """Where the closed form wants to be, `[D]` (to be read at the free weights), and the evaluations spent."""
         open_ = kept.function.map.space.unravel(free)
-        whole = isinstance(kept.batches, TensorBatches) or len(kept.reference) == 1
+        whole = isinstance(kept.batches, TensorBatches) or len(kept.survey.examples) == 1
         if self.sequential and whole:
             return self._threaded(kept, position, open_, damping, generator)
         cost, groups = 0.0, [None]
@@ -117,10 +117,10 @@ class LayerLocal(Corrector):
         """One pass of all inputs together (or as many as fit) in which every map is solved for as it is met."""
         model, start = kept.at(position).map, kept.function.map
         weights, weights0 = owned(model, position.theta), owned(start, kept.start)
-        batch, n, mask = self._joined(kept, position, generator)
+        inputs, n, mask = self._joined(kept, position, generator)
         targets, sums, steps = Targets(self.positions, generator), {}, {}
         with model.frozen():
-            outside = watch(start, weights0, batch, n, targets)
+            outside = watch(start, weights0, inputs, n, targets)
 
             def solve(call: Call) -> Tensor | None:
                 name = call.term.name
@@ -137,28 +137,27 @@ class LayerLocal(Corrector):
                     weights[n] += step.to(weights[n].dtype)
                 return call.again() if found else None
 
-            watch(model, weights, batch, n, solve)
+            watch(model, weights, inputs, n, solve)
         return _added(kept, position.theta, steps), 2.0 * n
 
     def _joined(self, kept: Kept, position: Position, generator: torch.Generator) -> tuple[Any, int, Tensor | None]:
         """Protected inputs as one batch, as many as activations fit the memory, and the positions that count."""
         if not isinstance(kept.batches, TensorBatches):
-            batch = kept.batches.batches[0]
-            return batch, len(kept.reference[0]), mask_of(kept, batch)
-        largest = 0
-        few = kept.batches.take(torch.arange(min(2, kept.num_examples)))
-        model = kept.at(position).map
+            batch = kept.batches.first()
+            return kept.function.inputs(batch), kept.num_examples, mask_of(kept, batch)
+        largest, model, total = 0, kept.at(position).map, kept.num_examples
+        count = min(2, total)
 
         def note(call: Call) -> None:
             nonlocal largest
-            largest = max(largest, (call.x.numel() + call.out.numel()) * call.x.element_size())
+            largest = max(largest, (call.x.numel() + call.out.numel()) * call.x.element_size() // count)
 
-        count = min(2, kept.num_examples)
+        few = kept.function.inputs(kept.batches.take(torch.arange(count)))
         with model.frozen():
             watch(model, owned(model, position.theta), few, count, note)
-        size = min(kept.num_examples, max(self.max_bytes // (4 * max(largest // count, 1)), 1))
-        batch = kept.draw(size, generator).batch
-        return batch, size, mask_of(kept, batch)
+        size = min(total, max(self.max_bytes // (4 * max(largest, 1)), 1))
+        batch = kept.batches.take(torch.randperm(total, generator=generator)[:size])
+        return kept.function.inputs(batch), size, mask_of(kept, batch)
 
     def _steps(self, gram: LayerGram, open_: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         """What to add to the weights and the bias of one map."""
@@ -175,15 +174,10 @@ class LayerLocal(Corrector):
 def linear_maps(kept: Kept, position: Position) -> list[str]:
     """Names of the weights of linear maps in forward order."""
     found: dict[str, None] = {}
-    model, batch = kept.at(position).map, kept.batches.first()
+    model, inputs = kept.at(position).map, kept.function.inputs(kept.batches.first())
+    weights, examples = owned(model, position.theta), kept.survey.examples[0]
     with model.frozen():
-        outside = watch(
-            model,
-            owned(model, position.theta),
-            batch,
-            len(kept.reference[0]),
-            lambda call: found.setdefault(call.term.name),
-        )
+        outside = watch(model, weights, inputs, examples, lambda call: found.setdefault(call.term.name))
     return [name for name in found if name not in outside]
 
 
