@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
-from fipgeo.jacobian.graphs import Function, Graph, add_into, push_dual, storages
+from fipgeo.jacobian.graphs import Function, Graph, push_dual, put
+from fipgeo.jacobian.look import Rules, check_finite, finite, rules_of
 from fipgeo.linalg import LinearOperator
-from fipgeo.model import NotFiniteError
+from fipgeo.trees import FEW
 
 log = logging.getLogger(__name__)
 
@@ -65,32 +66,74 @@ class AutodiffRoot(LinearOperator):
         survey: Rows and examples of every batch.
         chunk: Most vectors differentiated at once.
         max_bytes: Memory for what vectors that are differentiated at once need on top of a single one.
-
-    Attributes:
-        push: How tangents are pushed forward, `push_forward` or `push_transposed`.
-        graph_bytes: What a backward pass through the first batch keeps.
-        at_once: Vectors differentiated at once.
+        rules: How the model is differentiated, if that is known; otherwise it is tried out on a few examples, or, where
+            there are no more than those, by the first product.
 
     Raises:
         ValueError: chunk is less than 1.
         NotImplementedError: A module of the model has no derivative rule; it is named.
+        NotFiniteError: Outputs are finite, their derivative is not.
     """
 
     def __init__(
-        self, function: EmbeddedOutputs, theta: Tensor, survey: Survey, *, chunk: int = 8, max_bytes: int = 2**30
+        self,
+        function: EmbeddedOutputs,
+        theta: Tensor,
+        survey: Survey,
+        *,
+        chunk: int = 8,
+        max_bytes: int = 2**30,
+        rules: Rules | None = None,
     ) -> None:
         super().__init__((survey.num_rows, len(theta)), dtype=theta.dtype, device=theta.device)
         if chunk < 1:
             raise ValueError(f"chunk: got {chunk}, expected at least 1 vector")
         self.function, self.survey, self.chunk, self.max_bytes = function, survey, chunk, max_bytes
         with torch.inference_mode(False):
-            # each in memory of its own: a dual number gets a tangent as large as all the memory behind its primal
-            self.weights = {name: t.clone() for name, t in function.map.named(_recordable(theta)).items()}
-        self.push, self.graph_bytes = self._preflight()
-        largest = self.graph_bytes * max(survey.rows) // survey.rows[0]
-        self.at_once = max(min(chunk, max_bytes // (largest + len(theta) * theta.element_size() + 1)), 1)
-        # tangents that keep a graph of their own while both halves share a forward pass take about twice that
-        self._share = self.push is push_forward and 3 * largest <= max_bytes
+            theta = theta.detach()
+            self._theta = theta if _owns(theta) and not theta.is_inference() else theta.clone()
+            self._views = function.map.named(self._theta)
+        self._rules, self._untried = rules, False
+        if rules is None and survey.num_examples > FEW:
+            self._rules = self._preflight()
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The point by name, each in memory of its own: functorch's dual numbers of views copy all that is behind."""
+        with torch.inference_mode(False):
+            return {name: t.clone() for name, t in self._views.items()}
+
+    @property
+    def rules(self) -> Rules:
+        """How the model is differentiated; tried out when it is not known yet."""
+        if self._rules is None:
+            self._rules = self._preflight()
+        return self._rules
+
+    @property
+    def push(self) -> Push:
+        """How tangents are pushed forward, `push_forward` or `push_transposed`."""
+        return push_forward if self.rules.forward_mode else push_transposed
+
+    @property
+    def graph_bytes(self) -> int:
+        """What a backward pass through the first batch keeps."""
+        return self.rules.graph_bytes
+
+    @property
+    def _largest(self) -> int:
+        """What a backward pass through the largest batch keeps."""
+        return self.graph_bytes * max(self.survey.rows) // self.survey.rows[0]
+
+    @property
+    def at_once(self) -> int:
+        """Vectors differentiated at once."""
+        return max(min(self.chunk, self.max_bytes // (self._largest + self.shape[1] * self.dtype.itemsize + 1)), 1)
+
+    @property
+    def _share(self) -> bool:
+        """Whether both halves of a product share a forward pass: its tangents keep about two more graphs."""
+        return self.rules.forward_mode and 3 * self._largest <= self.max_bytes
 
     @cached_property
     def vectorised(self) -> bool:
@@ -116,30 +159,54 @@ class AutodiffRoot(LinearOperator):
     def _adjoint(self, y: Tensor) -> Tensor:
         at_once = self._width(y)
         with self.function.map.frozen():
-            out = torch.zeros(len(y), self.shape[1], dtype=self.dtype, device=self.device)
+            out = torch.empty(len(y), self.shape[1], dtype=self.dtype, device=self.device)
             parts = _recordable(y).split(self.survey.rows, -1)
-            for batch, part in zip(self.function.batches, parts, strict=True):
-                self._backward(self.function.on(batch), part, out, at_once)
+            for place, (batch, part) in enumerate(zip(self.function.batches, parts, strict=True)):
+                self._backward(self.function.on(batch), part, out, at_once, add=place > 0)
         return out
 
     def _normal(self, x: Tensor) -> Tensor:
+        return self._scaled_normal(x, 1.0)
+
+    def _scaled_normal(self, x: Tensor, scale: float) -> Tensor:
         at_once = self._width(x)
         with self.function.map.frozen():
             x = _recordable(x)
-            out = torch.zeros(len(x), self.shape[1], dtype=self.dtype, device=self.device)
-            for batch in self.function.batches:
+            out = torch.empty(len(x), self.shape[1], dtype=self.dtype, device=self.device)
+            for place, batch in enumerate(self.function.batches):
                 f = self.function.on(batch)
-                if len(x) == 1 and self._share:
-                    graph = Graph(f, self.weights, self.function.map.named(x[0]))
-                    assert graph.pushed is not None
-                    add_into(self.function.map.space.unravel(out[0]), graph.pull(graph.pushed, keep=False))
-                else:
-                    self._backward(f, self._forward(f, x, at_once), out, at_once)
+                graph = self._shared(f, x) if len(x) == 1 else None
+                if graph is None:
+                    self._backward(f, scale * self._forward(f, x, at_once), out, at_once, add=place > 0)
+                    continue
+                assert graph.pushed is not None
+                put(self.function.map.space.unravel(out[0]), graph.pull(scale * graph.pushed, keep=False), place > 0)
+            if self._untried:
+                self._untried = False
+                if not finite([out]):  # of the model, or of this vector alone
+                    self._rules = self._preflight()
         return out
+
+    def _shared(self, f: Function, x: Tensor) -> Graph | None:
+        """The graph of one evaluation with the tangent x `[1, D]`; None where the halves are to have one each."""
+        if self._rules is not None:
+            return Graph(f, *self._paired(x[0])) if self._share else None
+        try:
+            graph = Graph(f, *self._paired(x[0]))
+        except (RuntimeError, NotImplementedError) as error:
+            log.info("the first product is made with care: %s", error)
+            self._rules = self._preflight()
+            return None
+        self._rules, self._untried = rules_of(graph, self._views, self.survey), True
+        return graph
+
+    def _paired(self, v: Tensor) -> tuple[Weights, Weights]:
+        """The point and a tangent by name, laid out alike in memory: dual numbers copy what is not."""
+        return (self._views if _owns(v) else self.weights), self.function.map.named(v)
 
     def _width(self, stack: Tensor) -> int:
         """How many vectors of a stack are differentiated at once."""
-        return self.at_once if min(len(stack), self.at_once) > 1 and self.vectorised else 1
+        return self.at_once if len(stack) > 1 and self.at_once > 1 and self.vectorised else 1
 
     def _forward(self, f: Function, x: Tensor, at_once: int) -> Tensor:
         """J x for one batch: `[k, D]` to `[k, rows]`; parts of x are looked at, never copied."""
@@ -147,58 +214,44 @@ class AutodiffRoot(LinearOperator):
         if at_once > 1:
             push = vectorised(lambda t: self.push(f, self.weights, t))
             return torch.cat([push(named(part)) for part in x.split(at_once)])
-        single = push_dual if self.push is push_forward else self.push
-        return torch.stack([single(f, self.weights, named(v)) for v in x])
+        if self.push is push_forward:
+            return torch.stack([push_dual(f, *self._paired(v)) for v in x])
+        return torch.stack([self.push(f, self.weights, named(v)) for v in x])
 
-    def _backward(self, f: Function, y: Tensor, out: Tensor, at_once: int) -> None:
-        """Add J^T y for one batch, y `[k, rows]`, to out `[k, D]`."""
+    def _backward(self, f: Function, y: Tensor, out: Tensor, at_once: int, *, add: bool) -> None:
+        """J^T y for one batch, y `[k, rows]`, into out `[k, D]`, or added to it."""
         views = self.function.map.space.unravel(out)
         if at_once > 1:
             pull = pull_back(f, self.weights)[1]
             pull_all = vectorised(lambda u: pull(u)[0])
             for start in range(0, len(y), at_once):
                 rows = slice(start, start + at_once)
-                add_into({n: view[rows] for n, view in views.items()}, pull_all(y[rows]).values())
+                put({n: view[rows] for n, view in views.items()}, pull_all(y[rows]).values(), add)
             return
-        graph = Graph(f, self.weights)
+        graph = Graph(f, self._views)
         for i, u in enumerate(y):
-            add_into({n: view[i] for n, view in views.items()}, graph.pull(u, keep=i + 1 < len(y)))
+            put({n: view[i] for n, view in views.items()}, graph.pull(u, keep=i + 1 < len(y)), add)
 
-    def _check_finite(self, gradient: Iterable[Tensor | None]) -> None:
-        pairs = list(zip(self.weights, gradient, strict=True))
-        if bool(torch.isfinite(sum(t.sum().double() for _, t in pairs if t is not None))):  # type: ignore[arg-type]
-            return  # a sum is NaN or infinite if one of its terms is
-        bad = [name for name, t in pairs if t is not None and not bool(torch.isfinite(t).all())]
-        if bad:
-            raise NotFiniteError(
-                f"model: its outputs are finite, their derivative is not (first in {bad[0]}); look for a square root,"
-                " a norm or a division at zero in the forward"
-            )
-
-    def _preflight(self) -> tuple[Push, int]:
-        """The first way to push tangents forward that works on the first batch, and the bytes of its graph."""
-        function = self.function
-        zero = {n: torch.zeros_like(t) for n, t in self.weights.items()}
+    def _preflight(self) -> Rules:
+        """The rules of the first way to push tangents forward that works on the first batch."""
+        function, weights = self.function, self._views
+        zero = function.map.named(torch.zeros_like(self._theta))
         first_error: Exception | None = None
         with function.map.frozen():
-            f = function.on(function.few(self.weights))
-            for push in (push_forward, push_transposed):
+            f = function.on(function.few(weights))
+            for forward_mode in (True, False):
                 try:
-                    if push is push_forward:  # one evaluation shows both halves
-                        graph = Graph(f, self.weights, zero)
-                    else:
-                        push(f, self.weights, zero)
-                        graph = Graph(f, self.weights)
-                    fixed = storages(self.weights.values())
-                    held = sum(size for where, size in graph.storages().items() if where not in fixed)
-                    num_bytes = held * self.survey.rows[0] // graph.z.numel()
+                    if not forward_mode:
+                        push_transposed(f, weights, zero)
+                    graph = Graph(f, weights, zero if forward_mode else None)  # one evaluation shows both halves
+                    rules = rules_of(graph, weights, self.survey, forward_mode=forward_mode)
                     gradient = graph.pull(torch.ones_like(graph.z), keep=False)
                 except (RuntimeError, NotImplementedError) as error:
                     first_error = first_error or error
                     continue
-                self._check_finite(gradient)
-                return push, num_bytes
-            name = _last_module(function, lambda: push_forward(f, self.weights, zero))
+                check_finite(weights, gradient)
+                return rules
+            name = _last_module(function, lambda: push_dual(f, weights, zero))
         raise NotImplementedError(
             f"model: {name} has no derivative rule for Jacobian-vector products ({first_error}); replace it by a"
             " differentiable module or leave it out of the forward"
@@ -208,6 +261,11 @@ class AutodiffRoot(LinearOperator):
 def _recordable(t: Tensor) -> Tensor:
     """The tensor itself, or a copy that autograd takes if it was made in inference mode; to be called outside."""
     return t.clone() if t.is_inference() else t
+
+
+def _owns(v: Tensor) -> bool:
+    """Whether a vector fills the memory behind it."""
+    return v.is_contiguous() and v.untyped_storage().nbytes() == v.nbytes
 
 
 def _last_module(function: EmbeddedOutputs, run: Callable[[], object]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fipgeo.data import Batches
-from fipgeo.model import NotFiniteError, OutputError, OutputMap
+from fipgeo.model import NotFiniteError, OutputError, OutputMap, output_gap
 from fipgeo.outputs import Geometry, embed, over_entries
 from fipgeo.trees import FEW, head, same_batch
 
@@ -108,16 +108,30 @@ class EmbeddedOutputs:
         """The rows of z `[n, M]` of one batch, from its outputs."""
         return embed(self.geometry, outputs, self.masks(outputs, batch))
 
-    def on(self, batch: Any) -> Callable[[Weights], Tensor]:
-        """The function z on one batch, of named weights: dict to `[n * M]`; call it inside `map.frozen()`."""
+    def on(self, batch: Any, note: Callable[[tuple[Tensor, ...]], object] | None = None) -> Callable[[Weights], Tensor]:
+        """The function z on one batch, of named weights: dict to `[n * M]`; call it inside `map.frozen()`.
+
+        Args:
+            batch: The batch.
+            note: Gets the outputs of every evaluation, if given.
+        """
         dtype = self.map.space.dtype
         inputs = self.inputs(batch)
-        return lambda weights: self.embedded(self.map.call(weights, inputs), batch).reshape(-1).to(dtype)
+
+        def z(weights: Weights) -> Tensor:
+            outputs = self.map.call(weights, inputs)
+            if note is not None:
+                note(outputs)
+            return self.embedded(outputs, batch).reshape(-1).to(dtype)
+
+        return z
 
     def few(self, weights: Weights, first: Any = None) -> Any:
         """A few examples of the first batch, or all of it where the model does not take so few; inside `frozen()`."""
         first = self.batches.first() if first is None else first
         small = head(first, FEW)
+        if small is first:
+            return first
         try:
             self.on(small)(weights)
         except Exception:  # whatever it says: the whole batch is looked at instead, and its own errors are raised
@@ -168,9 +182,26 @@ class EmbeddedOutputs:
                 holds other values than 0 and 1 or leaves no position at all.
         """
         first = self.batches.first()
-        with self.map.frozen():
-            few = self.few(self.map.named(theta), first)
-        self.map.check(self.inputs(few), theta)
+        small = head(first, FEW)
+        known: tuple[Tensor, ...] | None = None
+        if small is not first:
+            try:
+                known = self.map.check(self.inputs(small), theta, twice=False)
+            except Exception:  # whatever it says: the whole batch is looked at instead, and its own errors are raised
+                known = None
+        if known is None:
+            known = self.map.check(self.inputs(first), theta, twice=False)
+        return self.counted(theta, first, known)
+
+    def counted(self, theta: Tensor, first: Any, known: tuple[Tensor, ...]) -> Survey:
+        """The survey of a model that has been looked at.
+
+        Args:
+            theta: The point.
+            first: The first batch of an earlier pass.
+            known: Outputs of some examples at the head of it. Where those of the pass are others, the model is looked
+                at twice on these few: it is random, or its outputs depend on the rest of their batch.
+        """
         rows, examples, counted, lost = [], [], [], 0
         for index, (batch, outputs) in enumerate(self.outputs(theta)):
             if index == 0 and not same_batch(first, batch):
@@ -178,6 +209,8 @@ class EmbeddedOutputs:
                     "inputs: two passes over the data gave different first batches; switch augmentation and private"
                     " randomness of the loader off, or pass list(loader) for one fixed draw"
                 )
+            if index == 0 and output_gap(known, tuple(f[: len(known[0])] for f in outputs)) is not None:
+                self.map.check(self.inputs(head(first, len(known[0]))), theta)
             self._check_mask(batch)
             z = self.embedded(outputs, batch)
             if not bool(torch.isfinite(z).all()):

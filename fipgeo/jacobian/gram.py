@@ -16,7 +16,10 @@ from fipgeo.jacobian.rows import as_tree
 log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 2**28
-"""Temporary rows and wide copies are made in blocks of about this size."""
+"""Temporary rows and wide copies are made in blocks of at most this size."""
+
+STRIP = 160
+"""Rows of a symmetric product that are multiplied at once, at least."""
 
 
 def gram_by_pairs(function: EmbeddedOutputs, theta: Tensor, survey: Survey, max_bytes: int) -> Tensor:
@@ -43,14 +46,33 @@ def gram_by_pairs(function: EmbeddedOutputs, theta: Tensor, survey: Survey, max_
     return out
 
 
-def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """A B^T accumulated in float64 over column blocks, without a float64 copy of A or B."""
+def inner_products(a: Tensor, b: Tensor, *, single: bool = False) -> Tensor:
+    """A B^T accumulated in float64 over column blocks, without a float64 copy of A or B.
+
+    Args:
+        a: `[m, n]`.
+        b: `[k, n]`; half of the products are saved where it is `a` itself.
+        single: Whether products inside a block are taken in the precision of A and B.
+    """
     out = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    width = max(BLOCK_BYTES // (8 * max(len(a), len(b))), 1)
+    itemsize = a.itemsize if single else 8
+    width = max(block_bytes(a.device) // (itemsize * max(len(a), len(b))), 1)
     for start in range(0, a.shape[1], width):
-        left = a[:, start : start + width].double()
-        out += left @ (left if a is b else b[:, start : start + width].double()).T
-    return out
+        left, right = (t[:, start : start + width] for t in (a, b))
+        if not single:
+            left = left.double()
+            right = left if a is b else right.double()
+        if a is not b:
+            out += left @ right.T
+            continue
+        for here in range(0, len(a), height := max(STRIP, -(-len(a) // 4))):
+            out[here : here + height, here:] += left[here : here + height] @ left[here:].T
+    return out if a is not b else out.triu() + out.triu(1).T
+
+
+def block_bytes(device: torch.device) -> int:
+    """Size of wide copies and temporary rows: what stays in the caches of a CPU, or keeps another device busy."""
+    return min(BLOCK_BYTES, 2**24) if device.type == "cpu" else BLOCK_BYTES
 
 
 def _blocks(

@@ -132,8 +132,10 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
     return out
 
 
-def add_into(out: Mapping[str, Tensor], parts: Iterable[Tensor | None]) -> None:
-    """Add one tensor per weight to the views of a flat vector; None adds nothing."""
+def put(out: Mapping[str, Tensor], parts: Iterable[Tensor | None], add: bool) -> None:
+    """Write one tensor per weight into the views of a flat vector, or add it to them; None is zero."""
     for view, part in zip(out.values(), parts, strict=True):
-        if part is not None:
-            view.add_(part)
+        if part is None:
+            view.zero_() if not add else None
+        else:
+            view.add_(part) if add else view.copy_(part)

@@ -16,7 +16,7 @@ from torch.func import jvp
 
 from fipgeo.jacobian.autodiff import vectorised
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey, Weights
-from fipgeo.jacobian.graphs import Function, Graph, add_into, push_dual, saved, storages
+from fipgeo.jacobian.graphs import Function, Graph, push_dual, put, saved, storages
 from fipgeo.jacobian.tape import Tape
 from fipgeo.linalg import LinearOperator, as_generator
 from fipgeo.trees import copied
@@ -150,16 +150,19 @@ class LinearisedRoot(LinearOperator):
 
     def _adjoint(self, y: Tensor) -> Tensor:
         with self._quiet(len(y)) as width:
-            out = torch.zeros(len(y), self.shape[1], dtype=self.dtype, device=self.device)
-            for part, u in zip(self.parts, y.split(self.survey.rows, -1), strict=True):
-                self._pull(part, u, out, width)
+            out = torch.empty(len(y), self.shape[1], dtype=self.dtype, device=self.device)
+            for place, (part, u) in enumerate(zip(self.parts, y.split(self.survey.rows, -1), strict=True)):
+                self._pull(part, u, out, width, add=place > 0)
         return out
 
     def _normal(self, x: Tensor) -> Tensor:
+        return self._scaled_normal(x, 1.0)
+
+    def _scaled_normal(self, x: Tensor, scale: float) -> Tensor:
         with self._quiet(len(x)) as width:
-            out = torch.zeros(len(x), self.shape[1], dtype=self.dtype, device=self.device)
-            for part in self.parts:
-                self._pull(part, self._push(part, x, width), out, width)
+            out = torch.empty(len(x), self.shape[1], dtype=self.dtype, device=self.device)
+            for place, part in enumerate(self.parts):
+                self._pull(part, scale * self._push(part, x, width), out, width, add=place > 0)
         return out
 
     def _push(self, part: _Part, x: Tensor, width: int) -> Tensor:
@@ -168,14 +171,14 @@ class LinearisedRoot(LinearOperator):
             return torch.cat([part.push_stack(list(self.map.named(v).values())) for v in x.split(width)])
         return torch.stack([part.push(*self.map.named(v).values()) for v in x])
 
-    def _pull(self, part: _Part, u: Tensor, out: Tensor, width: int) -> None:
-        """Add J^T u for one batch, u `[k, rows]`, to out `[k, D]`."""
+    def _pull(self, part: _Part, u: Tensor, out: Tensor, width: int, *, add: bool) -> None:
+        """J^T u for one batch, u `[k, rows]`, into out `[k, D]`, or added to it."""
         for start in range(0, len(u), width):
             if width > 1:
                 views = self.map.space.unravel(out[start : start + width])
-                add_into(views, part.pull_stack(u[start : start + width]))
+                put(views, part.pull_stack(u[start : start + width]), add)
             else:
-                add_into(self.map.space.unravel(out[start]), part.graph.pull(u[start]))
+                put(self.map.space.unravel(out[start]), part.graph.pull(u[start]), add)
 
     @contextmanager
     def _quiet(self, count: int) -> Iterator[int]:

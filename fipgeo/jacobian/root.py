@@ -16,6 +16,7 @@ from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey
 from fipgeo.jacobian.factored import FactoredRoot, gram_by_parameters
 from fipgeo.jacobian.gram import gram_by_pairs
 from fipgeo.jacobian.linearised import LinearisedRoot
+from fipgeo.jacobian.look import Look, look
 from fipgeo.jacobian.materialised import materialised_root
 from fipgeo.jacobian.sketch import drawn
 from fipgeo.linalg import Dense, LinearOperator, doubled
@@ -72,7 +73,8 @@ class JacobianRoot(LinearOperator):
         with torch.inference_mode(False):
             self.theta = theta.detach().clone().to(space.device, space.dtype)
         self.function = drawn(function, self.theta)
-        self.survey = self.function.survey(self.theta) if survey is None else survey
+        looked = look(self.function, self.theta) if survey is None else Look(survey, None)
+        self.survey, self._rules = looked.survey, looked.rules
         super().__init__((self.survey.num_rows, space.dim), dtype=space.dtype, device=space.device)
         self.engine, self.max_bytes = engine, max_bytes
         self._using: LinearOperator | None = None
@@ -91,8 +93,8 @@ class JacobianRoot(LinearOperator):
 
     @cached_property
     def autodiff(self) -> AutodiffRoot:
-        """The engine that stores nothing; looks at the model's derivative rules when it is first used."""
-        return AutodiffRoot(self.function, self.theta, self.survey)
+        """The engine that stores nothing; tries the model's derivative rules where nobody has yet."""
+        return AutodiffRoot(self.function, self.theta, self.survey, rules=self._rules)
 
     @cached_property
     def costs(self) -> Costs:
@@ -249,8 +251,11 @@ class JacobianRoot(LinearOperator):
         return self._operator._adjoint(y)
 
     def _normal(self, x: Tensor) -> Tensor:
+        return self._scaled_normal(x, 1.0)
+
+    def _scaled_normal(self, x: Tensor, scale: float) -> Tensor:
         self._spend(1.0, len(x))
-        return self._operator._normal(x)
+        return self._operator._scaled_normal(x, scale)
 
 
 def column_squares(root: LinearOperator) -> Tensor | None:

@@ -47,8 +47,14 @@ def check(block: Block, expected: Tensor, n: int, generator: torch.Generator, in
     assert inner is None or oracles.relative(inner, rows @ rows.T) < 1e-10
     narrow = block.to(torch.float32)
     assert type(narrow) is type(block)
-    assert all(t.dtype == torch.float32 for t in narrow.tensors() if t.is_floating_point())
-    assert narrow.rows(entries).dtype == narrow.apply(v.float()).dtype == torch.float32
+    if not isinstance(block, RowsBlock):  # converts in its products, part by part
+        assert all(t.dtype == torch.float32 for t in narrow.tensors() if t.is_floating_point())
+        assert narrow.rows(entries).dtype == torch.float32
+    assert narrow.apply(v.float()).dtype == narrow.adjoint(u.float()).dtype == torch.float32
+    assert oracles.relative(narrow.apply(v.float()), block.apply(v)) < 1e-5
+    assert oracles.relative(block.rows(), rows[:, :] if len(entries) == shape[0] else block.rows(entries)) < 1e-10
+    memory = torch.full_like(block.rows(), torch.nan)
+    assert torch.equal(block.rows(out=memory), block.rows()) and torch.equal(memory, block.rows())
     assert oracles.relative(narrow.rows(entries), expected[:, entries].flatten(1)) < 1e-5
     assert sum(t.numel() for t in block.tensors()) > 0
 

@@ -108,7 +108,7 @@ class Builder:
                     f"max_bytes: the factors of this root take {chosen.num_bytes * self.survey.num_examples:,} bytes,"
                     f" max_bytes is {int(self.max_bytes):,}; raise it, or use engine='autodiff'"
                 )
-            store = Store(self.space, self.dtype, chosen, total, height)
+            store = Store(self.space, self.dtype, chosen, tracing.sites, total, height)
             wrong = self._fill(store, run)
             if not wrong:
                 return store.segment()
@@ -199,11 +199,11 @@ def _pull(z: Tensor, probes: Sequence[Tensor], u: Tensor) -> tuple[Tensor, ...]:
 
 
 def _pulled(z: Tensor, probes: Sequence[Tensor], u: Tensor) -> list[Sequence[Tensor]]:
-    """Gradients by every probe for a stack of cotangents, `[c, n * M]`: together where that saves calls."""
+    """Gradients by every probe for a stack of cotangents, `[c, n * M]`, in stacks: together where that saves calls."""
     if u.device.type != "cpu" or sum(p.numel() for p in probes) <= SMALL:
         try:
             found = vectorised(lambda one: _pull(z, probes, one))(u)
-            return [gradients.unbind() for gradients in found]
+            return [[gradients] for gradients in found]
         except (RuntimeError, ValueError) as error:
             log.info("factors are made one output at a time, since the model cannot be vectorised: %s", error)
-    return list(zip(*(_pull(z, probes, one) for one in u), strict=True))
+    return list(zip(*([g[None] for g in _pull(z, probes, one)] for one in u), strict=True))

@@ -11,13 +11,19 @@ of the layer, whatever M is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+WIDE = 128
+"""From this many outputs of a linear layer on, the rows of every embedded output are a matrix product of their own."""
+
+PART_BYTES = 2**25
+"""Rows are converted to another precision in blocks of about this size."""
 
 
 class Block(ABC):
@@ -37,15 +43,21 @@ class Block(ABC):
         out.add_(found) if add else out.copy_(found)
 
     @abstractmethod
-    def rows(self, index: Tensor) -> Tensor:
-        """R for some entries along the first axis of the parameter, dense, `[n * M, columns]`."""
+    def rows(self, index: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """R for some entries along the first axis of the parameter, or for all, dense, `[n * M, columns]`.
+
+        Args:
+            index: The entries; None for `entries()`.
+            out: Contiguous memory of that shape to write to.
+        """
 
     @abstractmethod
     def entries(self) -> Tensor:
         """The entries along the first axis for which R is not zero."""
 
-    def inner(self) -> Tensor | None:
-        """R R^T, `[n * M, n * M]`, where it is cheaper than by rows; None otherwise."""
+    def inner(self, *, single: bool = False) -> Tensor | None:
+        """R R^T, `[n * M, n * M]`, in float64 or as it is held, where it is cheaper than by rows; None otherwise."""
+        del single
         return None
 
     def squares(self) -> Tensor | None:
@@ -92,16 +104,22 @@ class LinearBlock(Block):
         left, right = (x, y) if self.transposed else (y, x)
         out.baddbmm_(left.mT, right, beta=1 if add else 0)
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows(self, index: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """R for some outputs, or inputs if transposed."""
-        x = self.x[..., index] if self.transposed else self.x
-        b = self.b if self.transposed else self.b[..., index]
-        if self.transposed:
-            return torch.einsum("nti,nmto->nmio", x, b).flatten(2).flatten(0, 1)
-        left = b.transpose(2, 3).flatten(1, 2)  # [n, M o, T]
-        return torch.bmm(left, x).view(b.shape[0] * b.shape[1], -1)
+        x = _picked(self.x, index) if self.transposed else self.x
+        b = self.b if self.transposed else _picked(self.b, index)
+        (n, m, _, o), i = b.shape, x.shape[-1]
+        out = b.new_empty(n * m, i * o) if out is None else out
+        if self.transposed or o >= WIDE:
+            found = out.view(n, m, *((i, o) if self.transposed else (o, i)))
+            for j in range(m):  # straight from b, with no copy that has the positions last
+                left, right = (x, b[:, j]) if self.transposed else (b[:, j], x)
+                found[:, j].baddbmm_(left.mT, right, beta=0)
+        else:
+            torch.bmm(b.transpose(2, 3).flatten(1, 2), x, out=out.view(n, m * o, i))
+        return out
 
-    def inner(self, shift: float = 0.0) -> Tensor | None:
+    def inner(self, shift: float = 0.0, *, single: bool = False) -> Tensor | None:
         """R R^T by an entrywise product, for one position an example: `(b b^T) o (x x^T + shift)`.
 
         A shift of one adds what the bias of the same layer contributes.
@@ -109,6 +127,7 @@ class LinearBlock(Block):
         if self.x.shape[1] != 1:
             return None
         x, b = self.x[:, 0], self.b.flatten(0, 1)[:, 0]
+        x, b = (x, b) if single else (x.double(), b.double())
         m = self.b.shape[1]
         out = (b @ b.T).view(len(x), m, len(x), m)
         out *= (x @ x.T + shift)[:, None, :, None]
@@ -174,17 +193,23 @@ class ConvBlock(Block):
         args = (None, a["stride"], a["padding"], a["dilation"], False, space, a["groups"], (False, True, False))
         return torch.ops.aten.convolution_backward(y, x, weight, *args)[1]
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows(self, index: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """R for some output channels."""
         patches = self.patches()  # [n, q, groups, i k, S]
-        n, q, g, _, size = patches.shape
-        b = self.b.index_select(3, index).flatten(4) if len(index) < self.b.shape[3] else self.b.flatten(4)
-        m, width = b.shape[1], self.b.shape[3] // g
+        n, q, g, across, size = patches.shape
+        b = self.b if index is None or len(index) == self.b.shape[3] else self.b.index_select(3, index)
+        b = b.flatten(4)
+        m, o = b.shape[1], b.shape[3]
+        out = b.new_empty(n * m, o * across) if out is None else out
         if g == 1:
             left = b.permute(0, 1, 3, 2, 4).reshape(n, -1, q * size)
             right = patches[:, :, 0].transpose(1, 2).reshape(n, -1, q * size)
-            return torch.bmm(left, right.transpose(1, 2)).reshape(n * m, -1)
-        return torch.einsum("nmqos,nqois->nmoi", b, patches[:, :, index // width]).reshape(n * m, -1)
+            torch.bmm(left, right.transpose(1, 2), out=out.view(n, m * o, across))
+        else:
+            group = (self.entries() if index is None else index) // (self.b.shape[3] // g)
+            found = torch.einsum("nmqos,nqois->nmoi", b, patches[:, :, group])
+            out.view(found.shape).copy_(found)
+        return out
 
     def patches(self) -> Tensor:
         """Every window that the kernel meets, `[n, q, groups, i / groups * kernel, positions]`."""
@@ -230,13 +255,15 @@ class EmbeddingBlock(Block):
         out = y.new_zeros(k, self.size, d)
         return out.index_add_(1, self.ids.flatten(), y.transpose(0, 1).reshape(k, -1, d))
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows(self, index: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """R for some of the table's entries, in ascending order."""
+        index = self.entries() if index is None else index
         place = torch.searchsorted(index, self.ids.contiguous()).clamp(max=len(index) - 1)
         hit = index[place] == self.ids
-        out = self.b.new_zeros(*self.b.shape[:2], len(index), self.b.shape[-1])
+        found = self.b.new_zeros(*self.b.shape[:2], len(index), self.b.shape[-1])
         where = place[:, None, :, None].expand(*self.b.shape)
-        return out.scatter_add_(2, where, self.b * hit[:, None, :, None]).flatten(2).flatten(0, 1)
+        found.scatter_add_(2, where, self.b * hit[:, None, :, None])
+        return found.flatten(2).flatten(0, 1) if out is None else out.copy_(found.flatten(2).flatten(0, 1))
 
     def entries(self) -> Tensor:
         """Those that occur."""
@@ -253,22 +280,35 @@ class EmbeddingBlock(Block):
 
 @dataclass(frozen=True)
 class RowsBlock(Block):
-    """Rows that are held as they are: `[n * M, *shape]`."""
+    """Rows that are held as they are: `[n * M, *shape]`; products convert them part by part where need be."""
 
     matrix: Tensor
     examples: int
 
     def apply(self, v: Tensor) -> Tensor:
         """R v."""
-        return (self.matrix.flatten(1) @ v.flatten(1).T).view(self.examples, -1, len(v))
+        out, right = v.new_empty(len(self.matrix), len(v)), v.flatten(1).T
+        for place, rows in self._parts(v.dtype):
+            torch.mm(rows, right, out=out[place])
+        return out.view(self.examples, -1, len(v))
 
     def adjoint(self, u: Tensor) -> Tensor:
         """R^T u."""
-        return (u.flatten(0, 1).T @ self.matrix.flatten(1)).view(-1, *self.matrix.shape[1:])
+        out = u.new_empty(u.shape[-1], *self.matrix.shape[1:])
+        self.write_adjoint(u, out, add=False)
+        return out
 
-    def rows(self, index: Tensor) -> Tensor:
+    def write_adjoint(self, u: Tensor, out: Tensor, *, add: bool) -> None:
+        """R^T u into `out`, with no copy of the result."""
+        left, target = u.flatten(0, 1).T, out.flatten(1)
+        for place, rows in self._parts(u.dtype):
+            target.addmm_(left[:, place], rows, beta=1 if add or place.start else 0)
+
+    def rows(self, index: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """R for some entries along the first axis."""
-        return (self.matrix[:, index] if self.matrix.dim() > 1 else self.matrix).flatten(1)
+        whole = index is None or self.matrix.dim() == 1
+        found = (self.matrix if whole else self.matrix[:, index]).flatten(1)
+        return found if out is None else out.copy_(found)
 
     def entries(self) -> Tensor:
         """All."""
@@ -279,5 +319,21 @@ class RowsBlock(Block):
         return [self.matrix]
 
     def to(self, dtype: torch.dtype) -> RowsBlock:
-        """The same block in another precision."""
-        return RowsBlock(self.matrix.to(dtype), self.examples)
+        """The block itself: products are taken in the precision of the vectors."""
+        del dtype
+        return self
+
+    def _parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Rows in a precision: all at once, or in blocks where they are converted."""
+        rows = self.matrix.flatten(1)
+        step = len(rows) if dtype == rows.dtype else max(1, PART_BYTES // (dtype.itemsize * max(rows.shape[1], 1)))
+        for start in range(0, len(rows), max(step, 1)):
+            yield slice(start, start + step), rows[start : start + step].to(dtype)
+
+
+def _picked(t: Tensor, index: Tensor | None) -> Tensor:
+    """Entries along the last axis, as a view where they are neighbours."""
+    if index is None or len(index) == t.shape[-1]:
+        return t
+    first, last = int(index[0]), int(index[-1])
+    return t[..., first : last + 1] if last - first + 1 == len(index) else t[..., index]

@@ -16,29 +16,33 @@ BLOCK_BYTES = 2**28
 """Temporary rows are made in blocks of about this size."""
 
 
-def gram_of_segments(segments: Sequence[Segment]) -> Tensor:
-    """K over all segments, `[N * M, N * M]`, one parameter after the other.
+def gram_of_segments(segments: Sequence[Segment], *, single: bool = False) -> Tensor:
+    """K in float64 over all segments, `[N * M, N * M]`, one parameter after the other.
 
     Rows of a factored parameter are made for a few of its entries at a time and dropped again. Where it acts on one
     position an example no rows are needed: `K = (b b^T) o (x x^T)`, with its bias `(b b^T) o (x x^T + 1)`.
+
+    Args:
+        segments: The root.
+        single: Whether products are taken in the precision in which it is held, and only sums in float64.
     """
     total = sum(len(s.matrix) for s in segments)
     out = torch.zeros(total, total, dtype=torch.float64, device=segments[0].matrix.device)
     if len(segments) == 1 and segments[0].matrix.numel():
-        out += inner_products(segments[0].matrix, segments[0].matrix)
+        out += inner_products(segments[0].matrix, segments[0].matrix, single=single)
     beside = _beside(segments[0]) if len(segments) == 1 else {}
     for _, _, parts in _by_parameter(segments, rows=len(segments) > 1):
         if len(parts) == 1 and len(parts[0]) == 1:
             block = parts[0][0]
             if id(block) in beside.values():
                 continue
-            wide = block.to(torch.float64)
-            found = wide.inner(1.0) if isinstance(wide, LinearBlock) and id(block) in beside else wide.inner()
+            shift = isinstance(block, LinearBlock) and id(block) in beside
+            found = block.inner(1.0, single=single) if shift else block.inner(single=single)
             if found is not None:
                 out += found
                 continue
         for _, rows in _row_chunks(parts):
-            out += inner_products(rows, rows)
+            out += inner_products(rows, rows, single=single)
     return out
 
 
@@ -79,6 +83,9 @@ def _by_parameter(segments: Sequence[Segment], rows: bool) -> Iterator[tuple[int
 
 def _row_chunks(parts: list[list[Block]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Entries, and dense rows of one parameter over all segments, for a few entries of its first axis at a time."""
+    if len(parts) == 1 and len(parts[0]) == 1 and isinstance(parts[0][0], RowsBlock):
+        yield parts[0][0].entries(), parts[0][0].rows()
+        return
     entries = torch.unique(torch.cat([block.entries() for blocks in parts for block in blocks]))
     one = sum(blocks[0].rows(entries[:1]).nbytes for blocks in parts if blocks)
     for index in entries.split(max(1, BLOCK_BYTES // max(one, 1))):

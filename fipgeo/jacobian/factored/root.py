@@ -49,7 +49,7 @@ class FactoredRoot(LinearOperator):
     @property
     def block(self) -> int:
         """Vectors that a block method best multiplies together: several where products mostly read rows."""
-        return 4 if 2 * sum(segment.matrix.nbytes for segment in self.segments) > self.num_bytes else 1
+        return 4 if 2 * sum(segment.row_bytes for segment in self.segments) > self.num_bytes else 1
 
     def double(self) -> FactoredRoot:
         """The same root with products in float64, block by block; what is held stays as it is."""
@@ -68,9 +68,13 @@ class FactoredRoot(LinearOperator):
         out.segments = tuple(segment.restricted(places) for segment in self.segments)
         return out
 
-    def gram(self) -> Tensor:
-        """K = R R^T in float64, `[N * M, N * M]`, one parameter after the other."""
-        return gram_of_segments(self.segments)
+    def gram(self, *, single: bool = False) -> Tensor:
+        """K = R R^T in float64, `[N * M, N * M]`, one parameter after the other.
+
+        Args:
+            single: Whether products are taken in the precision in which R is held, in half of the time.
+        """
+        return gram_of_segments(self.segments, single=single)
 
     def column_squares(self) -> Tensor:
         """The diagonal of R^T R in float64, `[D]`."""
@@ -88,7 +92,13 @@ class FactoredRoot(LinearOperator):
 
 
 def gram_by_parameters(
-    function: EmbeddedOutputs, theta: Tensor, survey: Survey, max_bytes: float, groups: Sequence[Sequence[str]]
+    function: EmbeddedOutputs,
+    theta: Tensor,
+    survey: Survey,
+    max_bytes: float,
+    groups: Sequence[Sequence[str]],
+    *,
+    single: bool = False,
 ) -> Tensor:
     """K as a sum over groups of parameters, whose factors are made one group after the other.
 
@@ -96,5 +106,5 @@ def gram_by_parameters(
     """
     out = torch.zeros(survey.num_rows, survey.num_rows, dtype=torch.float64, device=theta.device)
     for names in groups:
-        out += FactoredRoot(function, theta, survey, max_bytes=max_bytes, names=names).gram()
+        out += FactoredRoot(function, theta, survey, max_bytes=max_bytes, names=names).gram(single=single)
     return out

@@ -22,9 +22,9 @@ class Segment:
     Products are taken in the precision of the vectors.
 
     Attributes:
-        matrix: Rows for the parameters that are held as rows, `[n * M, columns]`.
+        matrix: Rows of small parameters, side by side, `[n * M, columns]`.
         held: Coordinates and shape of these parameters, in order.
-        blocks: Coordinates, shape and factors of the other parameters.
+        blocks: Coordinates, shape and rows or factors of the other parameters.
         examples: n.
         height: M.
     """
@@ -108,6 +108,13 @@ class Segment:
         count = len(self.matrix)
         step = count if dtype == self.matrix.dtype else max(1, BLOCK_BYTES // (dtype.itemsize * self.matrix.shape[1]))
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of what is held as rows."""
+        return self.matrix.nbytes + sum(
+            block.matrix.nbytes for _, _, block in self.blocks if isinstance(block, RowsBlock)
+        )
 
     @property
     def num_bytes(self) -> int:

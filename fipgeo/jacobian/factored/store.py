@@ -18,7 +18,15 @@ from fipgeo.space import WeightSpace
 class Store:
     """Memory for one segment, filled piece by piece."""
 
-    def __init__(self, space: WeightSpace, dtype: torch.dtype, chosen: Plan, examples: int, height: int) -> None:
+    def __init__(
+        self,
+        space: WeightSpace,
+        dtype: torch.dtype,
+        chosen: Plan,
+        sites: Sequence[Site],
+        examples: int,
+        height: int,
+    ) -> None:
         self.plan, self.height, self.examples = chosen, height, examples
         self.shapes = {name: torch.Size(shape) for name, shape in space.shapes.items()}
         self.dtype, self.device, self.slices = dtype, space.device, space.slices()
@@ -26,10 +34,17 @@ class Store:
         plain = {name for (_, name), form in chosen.chosen.items() if not form.factored} | set(chosen.uncovered)
         uses = Counter(name for (_, name), form in chosen.chosen.items() if not form.factored)
         self.shared = {name for name, count in uses.items() if count > 1}
+        weights = {(i, t.name) for i, site in enumerate(sites) for t in site.terms if t.kind in ("linear", "conv")}
+        alone = {name for _, name in weights & chosen.chosen.keys()} & (plain - self.shared)
+        self.rows = {
+            name: torch.empty(examples, height, *shape, dtype=dtype, device=space.device)
+            for name, shape in self.shapes.items()
+            if name in alone
+        }
         self.columns: dict[str, slice] = {}
         width = 0
         for name, shape in self.shapes.items():
-            if name in plain:
+            if name in plain - alone:
                 self.columns[name] = slice(width, width + shape.numel())
                 width += shape.numel()
         self.matrix = torch.empty(examples, height, width, dtype=self.dtype, device=self.device)
@@ -43,13 +58,26 @@ class Store:
         missing = {name for place, name in self.plan.chosen if majors[place] is None}
         for name in self.columns.keys() & (self.shared | missing):
             self.matrix[..., self.columns[name]] = 0.0
+        for name in self.rows.keys() & missing:
+            self.rows[name].zero_()
 
     def put(
         self, place: int, site: Site, gradients: Sequence[Tensor], inputs: list[Tensor], n: int, start: int, first: int
     ) -> None:
-        """Take the derivatives by one site's output, c of its shape, of n examples, for outputs from `first` on."""
+        """Take derivatives by one site's output of n examples, for outputs from `first` on.
+
+        Args:
+            place: The site's number.
+            site: The site.
+            gradients: Stacks `[c, *shape of the site's output]`, for the embedded outputs in order.
+            inputs: The activations.
+            n: Examples.
+            start: The first of them.
+            first: The first embedded output.
+        """
         major = bool(self.majors[place])
-        b = torch.stack([site.arranged(g, n, major=major) for g in gradients], 1).to(self.dtype)  # [n, c, q, *trail]
+        parts = [site.arranged(g, n, 1, major=major).to(self.dtype) for g in gradients]  # [c, n, q, *trail]
+        stacked: Tensor | None = None
         for term in site.terms:
             form = self.plan.chosen.get((place, term.name))
             if form is None:
@@ -58,21 +86,35 @@ class Store:
                 self.used[place, term.name] = site, term
                 continue
             if term.kind in ("scale", "shift"):
-                part = b
+                x = None
                 if term.kind == "scale":
-                    part = b * site.arranged(inputs[term.source], n, major=major).to(self.dtype)[:, None]
-                self.put_rows(term.name, _reduced(part, term.aligned), start, first)
+                    x = site.arranged(inputs[term.source], n, major=major).to(self.dtype)
+                at = first
+                for part in parts:
+                    rows = _reduced(part if x is None else part * x, term.aligned)
+                    self.put_rows(term.name, rows.transpose(0, 1), start, at)
+                    at += len(part)
                 continue
             x = self._activation(site, term, inputs[term.source], n, major)
-            c = b
+            if stacked is None:
+                stacked = parts[0].transpose(0, 1) if len(parts) == 1 else torch.stack([p[0] for p in parts], 1)
+            b = stacked  # [n, c, q, *trail]
             if term.kind == "embedding" and term.options["padding_idx"] is not None:
-                c = b * (x != term.options["padding_idx"])[:, None, :, None]
+                b = b * (x != term.options["padding_idx"])[:, None, :, None]
             if form.factored:
-                self._put_factors(place, site, term, x, c, start, first, n)
+                self._put_factors(place, site, term, x, b, start, first, n)
             else:
-                block = self._block(term, x, c)
-                rows = block.rows(block.entries()).view(n, c.shape[1], -1)
-                self.put_rows(term.name, rows, start, first)
+                self._put_block(term.name, self._block(term, x, b), n, b.shape[1], start, first)
+
+    def _put_block(self, name: str, block: Block, n: int, count: int, start: int, first: int) -> None:
+        """Rows of a weight, written where they are to stay if they are for all embedded outputs."""
+        if name not in self.rows:
+            self.put_rows(name, block.rows().view(n, count, -1), start, first)
+        elif count == self.height:
+            block.rows(out=self.rows[name][start : start + n].flatten(0, 1).flatten(1))
+        else:
+            target = self.rows[name][start : start + n, first : first + count]
+            target.copy_(block.rows().view(target.shape))
 
     def put_rows(self, name: str, rows: Tensor, start: int, first: int) -> None:
         """Add rows `[n, c, columns]` of a parameter."""
@@ -114,7 +156,10 @@ class Store:
         n = self.examples if examples is None else examples
         part = slice(start, start + n)
         held = tuple((self.slices[name], self.shapes[name]) for name in self.columns)
-        blocks = []
+        blocks: list[tuple[slice, torch.Size, Block]] = [
+            (self.slices[name], self.shapes[name], RowsBlock(rows[part].flatten(0, 1), n))
+            for name, rows in self.rows.items()
+        ]
         for key, (site, term) in self.used.items():
             if term.kind == "shift":
                 weight = next(other.name for other in site.terms if other.kind == "linear")
@@ -129,7 +174,7 @@ class Store:
 
 
 def _reduced(part: Tensor, aligned: tuple[int, ...]) -> Tensor:
-    """Sum `[n, c, q, *trail]` over positions and over axes along which the parameter is repeated: `[n, c, columns]`."""
+    """Sum `[c, n, q, *trail]` over positions and over axes along which the parameter is repeated: `[c, n, columns]`."""
     trail = part.dim() - 3
     sizes = (1,) * (trail - len(aligned)) + aligned
     repeated = [axis for axis, size in enumerate((1, *sizes), 2) if size == 1 and part.shape[axis] != 1]
