@@ -22,8 +22,8 @@ from fipgeo.plotting._common import (
 )
 from fipgeo.plotting._notes import arrange_level_notes, artists, fits_above, note
 
-_SERIES, _REJECTED, _BUDGET, _BOUND, _BEST, _MISSING = (
-    f"fipgeo-path-{part}" for part in ("values", "rejected", "budget", "bound", "best", "missing")
+_SERIES, _REJECTED, _BUDGET, _BOUND, _INTERVAL, _LEG, _BEST, _MISSING = (
+    f"fipgeo-path-{part}" for part in ("values", "rejected", "budget", "bound", "interval", "leg", "best", "missing")
 )
 _PANELS = ("drift", "changed", "sparsity", "objective")
 
@@ -33,8 +33,9 @@ class PathRecord(Protocol):
     """What `plot_path` reads of a path.
 
     Each of ``points`` carries the numbers ``step``, ``arc_length``, ``drift``, ``changed``,
-    ``changed_upper``, ``objective`` and ``sparsity`` (NaN or None where unknown), and ``accepted``. If the
-    record has ``objective_name`` or ``best()``, they are read too.
+    ``changed_upper``, ``objective`` and ``sparsity`` (NaN or None where unknown), and ``accepted``. If a point
+    has a ``certificate`` with ``drift_low`` and ``drift_high``, or the record has ``objective_name``, ``legs`` or
+    ``best()``, they are read too.
     """
 
     @property
@@ -57,11 +58,12 @@ def plot_path(
 ) -> dict[str, Axes]:
     """Draw a path as small multiples over its arc length: drift, changed predictions, and what was won.
 
-    The panels are ``"drift"`` (distance to the outputs at the start as a share of their spread, the budget
-    shaded), ``"changed"`` (share of changed predictions with the band up to its upper confidence bound) and
-    ``"sparsity"`` (share of zero weights) where that changes, else ``"objective"``. The line joins the accepted
-    points; rejected ones, if the record has any, stand beside it, hollow. A star marks the best point. Numbers
-    that are not finite leave a gap, and a panel without any finite number says so.
+    The panels are ``"drift"`` (distance to the outputs at the start as a share of their spread, with the band of
+    its interval, the budget shaded), ``"changed"`` (share of changed predictions with the band up to its upper
+    confidence bound) and ``"sparsity"`` (share of zero weights) where that changes, else ``"objective"``. The line
+    joins the accepted points; rejected ones, if the record has any, stand beside it, hollow. A star marks the best point. Where the
+    path goes on with another objective, a line stands in every panel and ``"objective"`` shows the last one only.
+    Numbers that are not finite leave a gap, and a panel without any finite number says so.
 
     Args:
         path: A record such as `fipgeo.paths.PathResult`.
@@ -95,6 +97,10 @@ def plot_path(
     if len(path.points) == 0:
         raise ValueError("path.points is empty; at least the starting point is needed to draw")
     column = {name: _column(path, name) for name in ("arc_length", "changed_upper", *_PANELS)}
+    ends = [_column_of([getattr(p, "certificate", None) for p in path.points], n) for n in ("drift_low", "drift_high")]
+    legs = [int(leg.begin) for leg in getattr(path, "legs", ())][1:]
+    if legs:  # the objectives before are other quantities
+        column["objective"][[int(point.step) <= legs[-1] for point in path.points]] = np.nan
     accepted = np.array([bool(getattr(point, "accepted", True)) for point in path.points])
     star = _best_index(path, best)
     panels = _panels(axes, "sparsity" if _varies(column["sparsity"]) else "objective")
@@ -104,8 +110,12 @@ def plot_path(
         line = _draw_series(ax, column["arc_length"], column[panel], accepted, label, style)
         if panel == "drift" and path.budget is not None:
             _draw_budget(ax, float(path.budget), line.get_color())
+        if panel == "drift":
+            _draw_band(ax, column["arc_length"], (ends[0], ends[1]), accepted, line, "95 % interval", _INTERVAL)
         if panel == "changed":
-            _draw_upper(ax, column["arc_length"], column["changed_upper"], column["changed"], accepted, line)
+            band = (column["changed"], column["changed_upper"])
+            _draw_band(ax, column["arc_length"], band, accepted, line, "up to the upper bound", _BOUND)
+        _draw_legs(ax, [column["arc_length"][i] for i, point in enumerate(path.points) if int(point.step) in legs])
         if star is not None:
             _draw_best(ax, column["arc_length"][star], column[panel][star], path.points[star].step, line)
         _finish(ax, panel, column[panel], str(getattr(path, "objective_name", "") or "objective"))
@@ -120,6 +130,10 @@ def _varies(values: np.ndarray) -> bool:
 
 def _column(path: PathRecord, name: str) -> np.ndarray:
     return as_numpy([getattr(point, name, None) for point in path.points], f"path.points[:].{name}")
+
+
+def _column_of(records: Sequence[Any], name: str) -> np.ndarray:
+    return as_numpy([getattr(record, name, None) for record in records], f"path.points[:].certificate.{name}")
 
 
 def _panels(axes: Any, gain: str) -> dict[str, Axes]:
@@ -205,24 +219,37 @@ def _draw_budget(ax: Axes, budget: float, color: Any) -> None:
     )
 
 
-def _draw_upper(
-    ax: Axes, x: np.ndarray, upper: np.ndarray, changed: np.ndarray, accepted: np.ndarray, line: Line2D
+def _draw_band(
+    ax: Axes,
+    x: np.ndarray,
+    band: tuple[np.ndarray, np.ndarray],
+    accepted: np.ndarray,
+    line: Line2D,
+    name: str,
+    gid: str,
 ) -> None:
-    known = accepted & np.isfinite(upper) & np.isfinite(changed)
-    if known.any():
-        name = "_upper bound" if artists(ax, _BOUND) else "up to the upper bound"
+    """Fill between the two ends of a band where both are known."""
+    low, high = (np.where(np.isfinite(band[0]) & np.isfinite(band[1]), end, np.nan)[accepted] for end in band)
+    if np.isfinite(low).any():
         ax.fill_between(
             x[accepted],
-            changed[accepted],
-            upper[accepted],
-            where=known[accepted].tolist(),
-            gid=_BOUND,
+            low,
+            high,
+            where=np.isfinite(low).tolist(),
+            gid=gid,
             color=line.get_color(),
             alpha=0.2,
             linewidth=0,
             zorder=1.8,
-            label=name,
+            label=f"_{name}" if artists(ax, gid) else name,
         )
+
+
+def _draw_legs(ax: Axes, places: Sequence[float]) -> None:
+    """A thin line where the path goes on with another objective."""
+    for place in places:
+        name = "_next objective" if artists(ax, _LEG) else "next objective"
+        ax.axvline(place, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1.4, gid=_LEG, label=name)
 
 
 def _draw_best(ax: Axes, x: float, y: float, step: Any, line: Line2D) -> None:
@@ -276,7 +303,9 @@ def _legends(panels: Mapping[str, Axes]) -> None:
     order = list(panels.values())
     home = {
         _SERIES: order[0],
+        _INTERVAL: panels.get("drift", order[0]),
         _BOUND: panels.get("changed", order[0]),
+        _LEG: order[-1],
         _BEST: order[-1],
         _REJECTED: order[-1],
     }
