@@ -129,7 +129,7 @@ def test_the_diagonal_estimate_is_unbiased(ragged: bool) -> None:
     kept = kept_of(model, x)
     if ragged:  # whole batches are drawn, as where shapes differ too much to be joined
         listed = ListBatches([x[:2], x[2:7], x[7:]])
-        reference = torch.cat(kept.reference).split([2, 5, 5])
+        reference = torch.cat(list(kept.reference)).split([2, 5, 5])
         kept = Kept(replace(kept.function, batches=listed), listed, reference, kept.start)
     position = Position(kept.function.map.point())
     source = torch.Generator().manual_seed(3)
