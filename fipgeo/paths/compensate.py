@@ -6,22 +6,36 @@ r"""Least squares in the tangent space: which move of the free weights best undo
 One object serves two steps of a path. Predictor: with r = R d it turns a wished displacement d into
 `d + w = argmin <v, g v> + mu |v - d|^2`, which for F = everything is mu (g + mu)^{-1} d: free directions pass, costly
 ones are damped. Corrector: with r = z(theta) - z(theta_0) it is the Gauss-Newton (Levenberg-Marquardt) step.
+
+The limits of mu are steps of their own:
+
+| damping | w | d + w |
+| --- | --- | --- |
+| 0 | -R_F^+ r, the shortest that undoes most | d - R^+ R d, the part of d that the outputs do not feel |
+| a number | damped | damped |
+| `math.inf` or None | 0 | d, the plain step |
+
+and a trust region (`radius=`) finds the mu at which the step has a given length.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fipgeo.jacobian import JacobianRoot
-from fipgeo.linalg import Dense, Diagonal, Gram, LinearOperator, cg, trace
+from fipgeo.linalg import Dense, Diagonal, Gram, LinearOperator, cg, lsmr, trace
 from fipgeo.model import NotFiniteError
 from fipgeo.paths.kept import Kept, Position
 
 MAX_ROWS = 2048
 """Up to so many embedded outputs the Gram matrix is factored; beyond, conjugate gradients are used."""
+
+TINY = 1e-12
+"""The least damping that a search for a radius looks at before it takes the null space, over the mean eigenvalue."""
 
 
 class Compensation:
@@ -31,12 +45,21 @@ class Compensation:
         kept: The protected inputs that make the rows of R.
         position: Where R is taken.
         free: Boolean `[D]`, the weights that may move.
-        damping: mu as a multiple of the mean non-zero eigenvalue of g_FF.
-        max_iters: Conjugate-gradient iterations where the Gram matrix is too large to factor.
+        damping: mu as a multiple of the mean non-zero eigenvalue of g_FF; 0 for the null-space limit, `math.inf` or
+            None for no move at all.
+        rtol: Where damping is 0, eigenvalues of R_F R_F^T up to `rtol` times the largest count as zero; None for the
+            rounding of the rows, 10 sqrt(N M) eps. Without a factored Gram matrix there is no such cut, and
+            `max_iters` steps of LSMR regularise instead.
+        max_iters: Iterations where the Gram matrix is too large to factor.
         max_bytes: Most memory for rows of R.
 
     Attributes:
         cost: Model evaluations that making it took.
+        mu: The damping in units of g.
+
+    Raises:
+        ValueError: damping is negative.
+        NotFiniteError: R is not finite.
     """
 
     def __init__(
@@ -45,17 +68,21 @@ class Compensation:
         position: Position,
         free: Tensor,
         *,
-        damping: float,
+        damping: float | None,
+        rtol: float | None = None,
         max_iters: int = 30,
         max_bytes: int = 2**30,
     ) -> None:
         self.root = JacobianRoot(kept.at(position), position.theta, max_bytes=max_bytes, survey=kept.survey)
         self.kept, self.num_examples, self.max_iters = kept, kept.num_examples, max_iters
+        self.rtol = 10 * self.root.shape[0] ** 0.5 * torch.finfo(self.root.dtype).eps if rtol is None else rtol
         self.cost = 2.0 * kept.survey.num_rows
+        self.free = free
         using = self.root.materialise() or self.root.prepare()
         mask = free.to(position.theta.dtype)
         self.masked: LinearOperator = using @ Diagonal(mask)
         self.gram: Tensor | None = None
+        self._eigen: tuple[Tensor, Tensor] | None = None
         if isinstance(using, Dense):
             self.masked = using if bool(free.all()) else Dense(using.matrix * mask)
             total = float(self.masked.matrix.square().sum(1).double().sum())
@@ -71,17 +98,21 @@ class Compensation:
         self.scale = total / self.num_examples / max(min(rows, int(free.sum())), 1)
         self.damped(damping)
 
-    def damped(self, damping: float) -> Compensation:
-        """The same moves under another damping; rows and their Gram matrix are shared.
+    def damped(self, damping: float | None) -> Compensation:
+        """The same moves under another damping; rows, their Gram matrix and its eigenvalues are shared.
 
         Raises:
-            ValueError: damping is not positive.
+            ValueError: damping is negative or NaN.
         """
-        if not damping > 0:
-            raise ValueError(f"damping: got {damping}, expected a positive multiple of the metric's mean eigenvalue")
-        self.mu = damping * self.scale
+        damping = math.inf if damping is None else damping
+        if not damping >= 0:
+            raise ValueError(
+                f"damping: got {damping}, expected a positive multiple of the metric's mean eigenvalue, 0 for the"
+                " null-space limit, or None for no metric"
+            )
+        self.mu = damping * self.scale if self.scale > 0 else math.inf
         self.factor: Tensor | None = None
-        if self.gram is not None and self.mu > 0:
+        if self.gram is not None and self._eigen is None and 0 < self.mu < math.inf:
             shift, failed = self.num_examples * self.mu, True
             while failed and math.isfinite(
                 shift
@@ -90,17 +121,146 @@ class Compensation:
                 self.factor, failed, shift = factor, bool(info), 10 * shift
         return self
 
-    def __call__(self, r: Tensor) -> Tensor:
-        """The move w `[D]` for a change r of the embedded outputs `[N * M]`."""
-        if not self.mu > 0:
-            return torch.zeros(self.root.shape[1], dtype=self.root.dtype, device=self.root.device)
-        if self.factor is not None:
-            u = torch.cholesky_solve(r.double()[:, None], self.factor)[:, 0]
-            return -self.masked.adjoint(u.to(self.root.dtype))
+    def __call__(self, r: Tensor, *, radius: float | None = None) -> Tensor:
+        """The move w `[D]` for a change r of the embedded outputs `[N * M]`.
+
+        Args:
+            r: What the move is to undo.
+            radius: Trust region: |w| is at most so much, by the smallest mu from `self.mu` on that does it. |w| falls
+                with mu, so there is one. None for no bound.
+
+        Raises:
+            ValueError: radius is not positive.
+        """
+        w = self._move(r, self.mu)
+        if radius is None or float(w.norm()) <= _positive(radius):
+            return w
+        if self.gram is None:
+            return self._searched(lambda mu: self._moves(r, mu), radius)
+        values, vectors = self.eigen
+        seen = (vectors @ r.double()).square()
+
+        def length(mu: float) -> float:
+            return float((self._inverse(values, mu).square() * values * seen).sum()) ** 0.5
+
+        return self._move(r, _bisected(length, radius, max(self.mu, TINY * self.scale), self.scale, rising=False))
+
+    def passed(self, d: Tensor, *, radius: float | None = None) -> Tensor:
+        """The predictor step v for a wished displacement d `[D]`: `argmin <v, g v> + mu |v - d|^2`, v = d off F.
+
+        Args:
+            d: The wish.
+            radius: Trust region: |v| is exactly so much, by the mu that does it (|v| grows with mu, from the part of d
+                in the null space up to d). A wish shorter than the radius passes as it is, and where even the null
+                space leaves more than the radius, that part is scaled down to it. None to use `self.mu`.
+
+        Raises:
+            ValueError: radius is not positive, or comes with a wish that is not zero off F.
+        """
+        if radius is None:
+            return self._answered(d, self.mu)
+        radius = _positive(radius)
+        if bool(d[~self.free].any()):
+            raise ValueError(
+                "radius: the wish moves weights that are not free, so its length is not ours to choose; pass"
+                " moves(moves.root(d), radius=...) to bound the answer to it"
+            )
+        size = float(d.norm())
+        if size <= radius or self.scale == 0:
+            return d * min(1.0, radius / size) if size else d
+        least = self._answered(d, 0.0)
+        floor = float(least.norm())
+        if floor >= radius:
+            return least * (radius / floor)
+        if self.gram is None:
+            return self._searched(lambda mu: [self._answered(d, m) for m in mu], radius)
+        values, vectors = self.eigen
+        image = (vectors @ self.root(d).double()).square()
+
+        def length(mu: float) -> float:
+            inverse = self._inverse(values, mu)
+            return max(size**2 - float((image * inverse * (2 - values * inverse)).sum()), 0.0) ** 0.5
+
+        return self._answered(d, _bisected(length, radius, TINY * self.scale, self.scale, rising=True))
+
+    def predicted(self, r: Tensor, w: Tensor) -> float:
+        """Root mean square change that the tangent model expects to be left, sqrt(|r + R w|^2 / N), in units of z.
+
+        Args:
+            r: Change of the embedded outputs before the move, `[N * M]`.
+            w: The move, `[D]`.
+        """
+        return float((r + self.root(w)).double().square().sum() / self.num_examples) ** 0.5
+
+    @property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues `[N * M]` of R_F R_F^T and its eigenvectors, one a row, in float64; made once."""
+        if self._eigen is None:
+            assert self.gram is not None
+            values, vectors = torch.linalg.eigh((self.gram + self.gram.T) / 2)
+            self._eigen = values.clamp(min=0), vectors.T.contiguous()
+        return self._eigen
+
+    def _inverse(self, values: Tensor, mu: float) -> Tensor:
+        """1 / (eigenvalue + N mu); for mu = 0 the pseudo-inverse."""
+        if mu == 0:
+            seen = values > self.rtol * values.max()
+            return torch.where(seen, 1 / torch.where(seen, values, 1), 0)
+        return 1 / (values + self.num_examples * mu)
+
+    def _answered(self, d: Tensor, mu: float) -> Tensor:
+        """D and the move that makes up for it; in the null-space limit by two passes, as projections need."""
+        for _ in range(2 if mu == 0 else 1):
+            d = d + self._move(self.root(d), mu)
+        return d
+
+    def _moves(self, r: Tensor, mu: list[float]) -> list[Tensor]:
+        """Moves under several dampings from one Krylov space."""
         rhs = self.masked.adjoint(r) / self.num_examples
         g = Gram(self.masked, 1 / self.num_examples)
-        return -cg(g, rhs, damping=self.mu, rtol=1e-3, max_iters=self.max_iters).value
+        return list(-cg(g, rhs, damping=mu, rtol=1e-3, max_iters=self.max_iters).value)
 
-    def passed(self, d: Tensor) -> Tensor:
-        """The predictor step for a wished displacement d `[D]`: `argmin <v, g v> + mu |v - d|^2`, v = d off F."""
-        return d + self(self.root(d))
+    def _move(self, r: Tensor, mu: float) -> Tensor:
+        if mu == math.inf:
+            return torch.zeros(self.root.shape[1], dtype=self.root.dtype, device=self.root.device)
+        if self.gram is None:
+            if mu > 0:
+                return self._moves(r, [mu])[0]
+            return -lsmr(self.masked, r, max_iters=self.max_iters).value
+        if self.factor is not None and mu == self.mu:
+            u = torch.cholesky_solve(r.double()[:, None], self.factor)[:, 0]
+        else:
+            values, vectors = self.eigen
+            u = (self._inverse(values, mu) * (vectors @ r.double())) @ vectors
+        return -self.masked.adjoint(u.to(self.root.dtype))
+
+    def _searched(self, steps: Callable[[list[float]], list[Tensor]], radius: float) -> Tensor:
+        """The step of nearly the radius among iterated ones: two sweeps over mu, the second between the nearest two."""
+        exponents = torch.linspace(-6, 6, 13, dtype=torch.float64).tolist()
+        found: list[Tensor] = []
+        for _ in range(2):
+            found = steps([self.scale * 10**e for e in exponents])
+            gaps = [abs(math.log(max(float(step.norm()), 1e-300) / radius)) for step in found]
+            best = gaps.index(min(gaps))
+            found, low, high = [found[best]], exponents[max(best - 1, 0)], exponents[min(best + 1, len(exponents) - 1)]
+            exponents = torch.linspace(low, high, 11, dtype=torch.float64).tolist()
+        return found[0] * (radius / float(found[0].norm()))
+
+
+def _positive(radius: float) -> float:
+    if not (radius > 0 and math.isfinite(radius)):
+        raise ValueError(f"radius: got {radius}, expected a positive length of the step, or None for no bound")
+    return radius
+
+
+def _bisected(length: Callable[[float], float], radius: float, low: float, scale: float, *, rising: bool) -> float:
+    """The mu from `low` on at which a length that rises or falls with it equals the radius, to rounding."""
+    high = max(scale, 2 * low)
+    while (length(high) < radius) == rising and high < 1e12 * scale:
+        high *= 10
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if (length(middle) < radius) == rising else (low, middle)
+    return high

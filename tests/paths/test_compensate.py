@@ -164,8 +164,135 @@ def test_single_precision_with_dependent_rows_is_solved(damping: float) -> None:
     assert float((r + moves.root(w)).norm() / r.norm()) < 0.01
 
 
-@pytest.mark.parametrize("damping", [0.0, -1.0, math.nan])
-def test_damping_must_be_positive(damping: float) -> None:
+@pytest.mark.parametrize("damping", [-1e-9, -1.0, math.nan])
+def test_damping_must_not_be_negative(damping: float) -> None:
     kept, position, root = setup(0)
     with pytest.raises(ValueError, match="damping: got"):
         Compensation(kept, position, torch.ones(root.shape[1], dtype=torch.bool), damping=damping)
+
+
+def null_part(root: Tensor, d: Tensor) -> Tensor:
+    """d - R^+ R d by a singular value decomposition."""
+    _, s, vh = torch.linalg.svd(root, full_matrices=False)
+    rows = vh[s > 1e-9 * s[0]]
+    return d - rows.T @ (rows @ d)
+
+
+@given(SEEDS)
+@settings(max_examples=8)
+def test_no_damping_is_the_projection_on_the_null_space(seed: int) -> None:
+    kept, position, root = setup(seed)
+    dim = root.shape[1]
+    d, free = draw(seed + 2, dim), some(seed, dim)
+    moves = Compensation(kept, position, torch.ones(dim, dtype=torch.bool), damping=0.0)
+    v = moves.passed(d)
+    torch.testing.assert_close(v, null_part(root, d), rtol=0, atol=1e-8 * float(d.norm()))
+    torch.testing.assert_close(moves.passed(v), v, rtol=0, atol=1e-8 * float(d.norm()))  # once is enough
+    w = Compensation(kept, position, free, damping=0.0)(root @ d)
+    best = torch.linalg.lstsq(root * free, -(root @ d)[:, None], driver="gelsd").solution[:, 0]
+    torch.testing.assert_close(w, best, rtol=0, atol=1e-6 * float(best.norm()))
+
+
+def test_rtol_says_which_directions_the_null_space_has() -> None:
+    kept, position, root = setup(5)
+    free = torch.ones(root.shape[1], dtype=torch.bool)
+    d = draw(7, root.shape[1])
+    _, s, vh = torch.linalg.svd(root, full_matrices=False)
+    strong = vh[s.square() > 0.1 * s[0] ** 2]
+    assert 0 < len(strong) < root.shape[0]
+    v = Compensation(kept, position, free, damping=0.0, rtol=0.1).passed(d)
+    torch.testing.assert_close(v, d - strong.T @ (strong @ d), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("damping", [math.inf, None])
+def test_no_metric_is_the_plain_step(damping: float | None) -> None:
+    kept, position, root = setup(1)
+    d = draw(2, root.shape[1])
+    moves = Compensation(kept, position, torch.ones(root.shape[1], dtype=torch.bool), damping=damping)
+    assert torch.equal(moves.passed(d), d)
+    assert not moves(draw(3, root.shape[0])).any()
+
+
+@given(SEEDS, st.floats(0.01, 0.99), st.sampled_from([0.0, 1e-3, 1.0]))
+@settings(max_examples=8)
+def test_a_wish_is_passed_with_the_length_of_the_trust_region(seed: int, share: float, damping: float) -> None:
+    kept, position, root = setup(seed)
+    dim = root.shape[1]
+    d, free = draw(seed + 2, dim), torch.ones(dim, dtype=torch.bool)
+    moves = Compensation(kept, position, free, damping=damping)
+    least = float(null_part(root, d).norm())
+    radius = least + share * (float(d.norm()) - least)
+    v = moves.passed(d, radius=radius)
+    assert float(v.norm()) == pytest.approx(radius, rel=1e-6)
+    # v = mu (g + mu)^{-1} d for some mu: g v is a multiple of what was taken away
+    felt, taken = root.T @ (root @ v), d - v
+    assert float(felt @ taken) == pytest.approx(float(felt.norm() * taken.norm()), rel=1e-5)
+
+
+@given(SEEDS, st.floats(0.01, 0.99))
+@settings(max_examples=6)
+def test_outside_the_reach_of_damping_a_trust_region_takes_the_end(seed: int, share: float) -> None:
+    kept, position, root = setup(seed)
+    dim = root.shape[1]
+    d = draw(seed + 2, dim)
+    moves = Compensation(kept, position, torch.ones(dim, dtype=torch.bool), damping=1e-2)
+    torch.testing.assert_close(moves.passed(d, radius=2 * float(d.norm())), d)
+    least = null_part(root, d)
+    found = moves.passed(d, radius=share * float(least.norm()))
+    torch.testing.assert_close(found, share * least, rtol=0, atol=1e-7 * float(d.norm()))
+
+
+@given(SEEDS, st.floats(0.05, 0.95), st.sampled_from([0.0, 1e-2]))
+@settings(max_examples=8)
+def test_an_answer_is_shortened_to_the_trust_region(seed: int, share: float, damping: float) -> None:
+    kept, position, root = setup(seed)
+    free = some(seed, root.shape[1])
+    r = root @ draw(seed + 2, root.shape[1])
+    moves = Compensation(kept, position, free, damping=damping)
+    whole = moves(r)
+    radius = share * float(whole.norm())
+    w = moves(r, radius=radius)
+    assert float(w.norm()) == pytest.approx(radius, rel=1e-6)
+    gradient = (root.T @ (r + root @ w))[free]  # = -N mu w: the smallest residual of that length
+    assert float(-gradient @ w[free]) == pytest.approx(float(gradient.norm() * w.norm()), rel=1e-5)
+    assert torch.equal(moves(r, radius=2 * float(whole.norm())), whole)
+
+
+def test_without_a_factored_gram_a_trust_region_is_searched() -> None:
+    kept, position, root = setup(3)
+    dim = root.shape[1]
+    free, r, d = torch.ones(dim, dtype=torch.bool), draw(4, root.shape[0]), draw(5, dim)
+    factored = Compensation(kept, position, free, damping=1e-3)
+    implicit = Compensation(kept, position, free, damping=1e-3, max_iters=300, max_bytes=0)
+    for one, other in (
+        (factored(r, radius=0.2), implicit(r, radius=0.2)),
+        (factored.passed(d, radius=0.8 * float(d.norm())), implicit.passed(d, radius=0.8 * float(d.norm()))),
+    ):
+        assert float(other.norm()) == pytest.approx(float(one.norm()), rel=1e-6)
+        assert float((one - other).norm()) < 0.1 * float(one.norm())
+    v = implicit.damped(0.0).passed(d)
+    torch.testing.assert_close(v, null_part(root, d), rtol=0, atol=1e-3 * float(d.norm()))
+
+
+@given(SEEDS, DAMPINGS)
+@settings(max_examples=6)
+def test_the_predicted_change_is_the_dense_one(seed: int, damping: float) -> None:
+    kept, position, root = setup(seed)
+    free, r = some(seed, root.shape[1]), draw(seed + 2, root.shape[0])
+    moves = Compensation(kept, position, free, damping=damping)
+    w = moves(r)
+    assert moves.predicted(r, w) == pytest.approx(float((r + root @ w).norm()) / 8**0.5, rel=1e-9)
+    assert moves.predicted(r, w) < moves.predicted(r, torch.zeros_like(w))
+
+
+def test_a_radius_that_means_nothing_is_refused() -> None:
+    kept, position, root = setup(0)
+    dim = root.shape[1]
+    d, free = draw(1, dim), some(1, dim)
+    moves = Compensation(kept, position, free, damping=1e-2)
+    with pytest.raises(ValueError, match="radius: got -1"):
+        moves.passed(d * free, radius=-1.0)
+    with pytest.raises(ValueError, match="radius: got nan"):
+        moves(root @ d, radius=math.nan)
+    with pytest.raises(ValueError, match="weights that are not free"):
+        moves.passed(d, radius=1.0)

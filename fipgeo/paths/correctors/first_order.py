@@ -1,49 +1,54 @@
-"""First-order correction: walk back by Adam on minibatches."""
+"""First-order correction: walk back by Adam or SGD on minibatches."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fipgeo.model import OutputMap
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.correctors.base import Correction, Corrector, State
-from fipgeo.paths.kept import Kept, Position
+from fipgeo.paths.kept import Kept, Part, Position, Recomputed
+from fipgeo.paths.taps import Taps
 
 
 @dataclass(frozen=True)
 class FirstOrder(Corrector):
-    """Adam on minibatches of the protected inputs (Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015).
+    """Adam or SGD with momentum on minibatches of the protected inputs.
 
-    The loss is mean |z - z_0|^2 / mean |z_0|^2 + tap_weight * mean over taps of mean (h - h_0)^2 / var h_0, where the
-    taps h are hidden outputs: they give many more constraints an input when inputs are few. Where there is a mask, taps
-    that start with its axes are compared at the positions that count. Moments are kept from one correction to the next;
-    the learning rate is constant, and decays along a cosine in the last correction. Where the model has BatchNorm,
-    minibatches are normalised by themselves while weights move, and the running statistics are re-estimated at the end.
+    The loss is mean |z - z_0|^2 / mean |z_0|^2 + tap_weight * mean over taps of mean |h - h_0|^2 / mean |h_0 - mean|^2,
+    where the taps h are hidden outputs: they give many more constraints an input when inputs are few (see `Taps`).
+    Moments are kept from one correction to the next; the learning rate is constant, and decays along a cosine in the
+    last correction. Where the model has BatchNorm, minibatches are normalised by themselves while weights move, and the
+    running statistics are re-estimated at the end; after the last correction only if that brings the outputs nearer.
 
     Attributes:
         steps: Minibatches in one correction.
         final_steps: The same in the last one.
         batch_size: Protected inputs in a minibatch.
-        lr: Learning rate.
-        taps: Names of modules whose outputs are protected too; "blocks" for the smallest modules that hold at least two
-            weight matrices (residual blocks, attention, MLPs), or None.
+        lr: Learning rate; None for 1e-3 with Adam and 0.05 with SGD.
+        taps: Hidden outputs that are protected too: names of modules, "blocks", "layers" or None.
         tap_weight: Weight of the taps beside the outputs.
+        optimizer: "adam" (Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015) or "sgd" (heavy ball, 0.9).
 
     Raises:
-        ValueError: When correcting, if a tap names no module of the model.
+        ValueError: The optimizer is neither. When correcting: a tap names no module of the model.
     """
 
     steps: int = 30
     final_steps: int = 400
     batch_size: int = 64
-    lr: float = 1e-3
-    taps: str | tuple[str, ...] | None = "blocks"
+    lr: float | None = None
+    taps: Taps = "blocks"
     tap_weight: float = 2.0
+    optimizer: str = "adam"
+
+    def __post_init__(self) -> None:
+        """Check the optimizer."""
+        if self.optimizer not in RATES:
+            raise ValueError(f"optimizer: got {self.optimizer!r}, expected one of {', '.join(map(repr, RATES))}")
 
     def correct(
         self,
@@ -58,53 +63,51 @@ class FirstOrder(Corrector):
     ) -> Correction:
         """Walk; `moves` is not used (see `Corrector.correct`)."""
         del moves
+        target = kept.tapped(self.taps, self.tap_weight)
         steps = self.final_steps if final else self.steps
-        live = bool(kept.function.map.normalisers)
-        taps = kept.function.map.blocks() if self.taps == "blocks" else list(self.taps or ())
+        rate = RATES[self.optimizer] if self.lr is None else self.lr
         theta = position.theta.clone()
-        optimizer = torch.optim.Adam([theta], lr=self.lr)
+        optimizer = self._optimizer(theta, rate)
         if state:
-            moments = {"step": state["step"], "exp_avg": state["exp_avg"] * free, "exp_avg_sq": state["exp_avg_sq"]}
-            optimizer.state[theta] = {key: value.clone() for key, value in moments.items()}
-        cost = 0.0
+            optimizer.state[theta] = {k: v.clone() * free if k in MOVING else v.clone() for k, v in state.items()}
+        evaluations, cost = 4.0 if isinstance(target.reference, Recomputed) else 3.0, 0.0
         for t in range(steps):
-            batch, z0, _ = kept.draw(self.batch_size, generator)
-            here = replace(position, theta=theta)
-            theta.grad = self._gradient(kept, here, batch, z0, taps) * free
-            optimizer.param_groups[0]["lr"] = self.lr * (0.5 * (1 + math.cos(math.pi * t / steps)) if final else 1.0)
+            part = target.draw(self.batch_size, generator)
+            theta.grad = gradient(target, replace(position, theta=theta), part) * free
+            optimizer.param_groups[0]["lr"] = rate * (0.5 * (1 + math.cos(math.pi * t / steps)) if final else 1.0)
             optimizer.step()
-            cost += (4 if taps else 3) * len(z0)
+            cost += evaluations * len(part.reference)
         position = replace(position, theta=theta)
-        if live:
-            position = kept.renormalised(position)
-            cost += kept.num_examples
+        if kept.function.map.normalisers:
+            position = kept.better_normalised(position) if final else kept.renormalised(position)
+            cost += (3 if final else 1) * kept.num_examples
         return Correction(position, dict(optimizer.state[theta]), cost)
 
-    def _gradient(self, kept: Kept, position: Position, batch: Any, z0: Tensor, taps: list[str]) -> Tensor:
-        """Gradient `[D]` of the loss on a minibatch."""
-        function = kept.at(position)
-        model, start = function.map, kept.function.map
-        hidden0 = self._hidden(start, kept.start, batch, taps) if taps else []
-        with model.frozen(batch_statistics=bool(model.normalisers)), torch.enable_grad():
-            theta = position.theta.detach().requires_grad_()
-            outputs, hidden = model.tapped(model.named(theta), batch, taps)
-            loss = (function.embedded(outputs, batch) - z0).square().sum() / len(z0) / kept.scale
-            mask = next((m for m in function.masks(outputs, batch) if m is not None), None)
-            pairs = [(_counting(h, mask), _counting(h0, mask)) for h, h0 in zip(hidden, hidden0, strict=True)]
-            pairs = [(h, h0) for h, h0 in pairs if h0.numel() and float(h0.std(correction=0)) > 0]
-            parts = [(h - h0).square().mean() / h0.var(correction=0) for h, h0 in pairs]
-            if parts:
-                loss = loss + self.tap_weight * sum(parts) / len(parts)
-            return torch.autograd.grad(loss, theta)[0]
-
-    @staticmethod
-    def _hidden(model: OutputMap, theta: Tensor, batch: Any, taps: list[str]) -> list[Tensor]:
-        with model.frozen():
-            return model.tapped(model.named(theta), batch, taps)[1]
+    def _optimizer(self, theta: Tensor, rate: float) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD([theta], lr=rate, momentum=0.9)
+        return torch.optim.Adam([theta], lr=rate)
 
 
-def _counting(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """A hidden output at the positions that count; all of it where it does not start with the mask's axes."""
-    if mask is None or hidden.dim() <= mask.dim() or hidden.shape[: mask.dim()] != mask.shape:
-        return hidden
-    return hidden[mask]
+RATES = {"adam": 1e-3, "sgd": 0.05}
+"""Optimizers, with their learning rates."""
+
+MOVING = ("exp_avg", "momentum_buffer")
+"""What of an optimizer's state would move weights that have just been frozen."""
+
+
+def gradient(kept: Kept, position: Position, part: Part, *, batch_statistics: bool = True) -> Tensor:
+    """Gradient `[D]` of the mean over a minibatch of |z - z_0|^2, divided by what that is at zero outputs.
+
+    Args:
+        kept: The function.
+        position: Where.
+        part: The minibatch.
+        batch_statistics: Let BatchNorm normalise by the minibatch.
+    """
+    function = kept.at(position)
+    model = function.map
+    with model.frozen(batch_statistics=batch_statistics and bool(model.normalisers)), torch.enable_grad():
+        theta = position.theta.detach().requires_grad_()
+        outputs = model.call(model.named(theta), function.inputs(part.batch))
+        return torch.autograd.grad(kept.gap(function, outputs, part) / kept.scale, theta)[0]
