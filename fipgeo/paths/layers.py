@@ -267,7 +267,7 @@ class Moments:
     """Running sums of (x, 1)(x, 1)^T and (y_0 - y)(x, 1)^T for one map; pieces in the map's dtype, sums in float64."""
 
     def __init__(self, call: Call) -> None:
-        self.call = replace(call, x=call.x[:0], out=call.out[:0])
+        self.term, self.bias, self.groups = call.term, call.bias, call.groups  # not the call, which holds activations
         self.second: Tensor | None = None
         self.gap: Tensor | None = None
         self.count = 0
@@ -291,11 +291,11 @@ class Moments:
     def record(self) -> LayerGram:
         """The means."""
         assert self.second is not None
-        second, term = self.second / self.count, self.call.term
+        second, term = self.second / self.count, self.term
         return LayerGram(
             term.name,
-            self.call.bias,
-            self.call.groups,
+            self.bias,
+            self.groups,
             bool(term.options.get("transposed")),
             second[:, :-1, :-1],
             second[:, -1, :-1],
