@@ -54,6 +54,15 @@ def preserved_rng(*generators: torch.Generator) -> Iterator[None]:
             generator.set_state(before)
 
 
+def stir(device: torch.device) -> None:
+    """Move all global random streams, so that what follows draws other numbers than it would have."""
+    torch.rand(17)
+    if device.type == "cuda":
+        torch.rand(17, device=device)
+    np.random.random(17)
+    random.random()
+
+
 class Batches(ABC):
     """A finite sequence of batches that is the same in every pass.
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fipgeo.data import preserved_rng
+from fipgeo.data import preserved_rng, stir
 from fipgeo.space import ALGEBRA_DTYPES, WeightSpace, Where
-from fipgeo.trees import copied, floats, in_dtype, input_tensors
+from fipgeo.trees import OutputError, copied, floats, in_dtype, input_tensors, output_tensors
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 OutputFn = Callable[[Any], Any]
@@ -142,7 +142,7 @@ class OutputMap:
     def call(self, weights: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, ...]:
         """Outputs as a pure, differentiable function of named weights; call it inside `frozen()`."""
         buffers = {n: self.buffers.get(n, b).clone() for n, b in self.module.named_buffers()}
-        return _leaves(
+        return output_tensors(
             torch.func.functional_call(self._caller, self._swap(weights, buffers), (copied(batch, self.dtype),))
         )
 
@@ -257,8 +257,13 @@ class OutputMap:
                     vars(m).clear()
                     vars(m).update(attributes)
 
-    def check(self, batch: Any, theta: Tensor | None = None) -> tuple[Tensor, ...]:
+    def check(self, batch: Any, theta: Tensor | None = None, *, twice: bool = True) -> tuple[Tensor, ...]:
         """Look at the model's behaviour on one batch, at theta or at its present weights; returns its outputs there.
+
+        Args:
+            batch: What the model gets.
+            theta: The point.
+            twice: Whether to evaluate again and compare; without it, on other random numbers than the next evaluation.
 
         Raises:
             ValueError: The forward fails, its outputs are not finite float tensors with examples first, it is random,
@@ -272,6 +277,7 @@ class OutputMap:
             )
         weights = self.named(self.point() if theta is None else theta)
         with self.frozen():
+            stir(self.space.device)
             try:
                 raw = self.call(weights, batch)
             except OutputError:
@@ -280,23 +286,39 @@ class OutputMap:
                 raise ValueError(
                     f"model: the forward failed on the first batch{_describe(batch, self)}: {error}"
                 ) from error
-            outputs = _checked(raw)
-            live = [n or type(m).__name__ for n, m in self.module.named_modules() if m.training]
-            if live:
-                raise ValueError(
-                    f"model: its forward switches {live[0]!r} to train mode; the metric needs fixed batch statistics"
-                    " and no dropout, so take that switch out of the forward"
-                )
-            again = self.call(weights, batch)
-        for a, b in zip(outputs, again, strict=True):
-            gap = (a - b).abs().max() if a.shape == b.shape else torch.tensor(float("inf"))
-            if gap > 1e-4 * a.abs().max():
-                raise ValueError(
-                    f"model: its forward is random: two evaluations of one batch in eval mode differ by"
-                    f" {float(gap):.3g}; take the noise out (functional dropout needs training=self.training) or pass a"
-                    " forward_fn without it"
-                )
+            outputs = self.checked(raw)
+            gap = output_gap(outputs, self.call(weights, batch)) if twice else None
+        if gap is not None:
+            raise ValueError(
+                f"model: its forward is random: two evaluations of one batch in eval mode differ by"
+                f" {gap:.3g}; take the noise out (functional dropout needs training=self.training) or pass a"
+                " forward_fn without it"
+            )
         return outputs
+
+    def checked(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The outputs of an evaluation, after a look at them and at the modes it left; inside the same `frozen()`.
+
+        Raises:
+            ValueError: They are not finite float tensors with examples first, or a module went to train mode.
+        """
+        found = _checked(outputs)
+        live = [n or type(m).__name__ for n, m in self.module.named_modules() if m.training]
+        if live:
+            raise ValueError(
+                f"model: its forward switches {live[0]!r} to train mode; the metric needs fixed batch statistics"
+                " and no dropout, so take that switch out of the forward"
+            )
+        return found
+
+
+def output_gap(outputs: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> float | None:
+    """The largest difference of two evaluations, or None where it is no more than rounding."""
+    for a, b in zip(outputs, again, strict=True):
+        gap = (a - b).abs().max() if a.shape == b.shape else torch.tensor(float("inf"))
+        if gap > 1e-4 * a.abs().max():
+            return float(gap)
+    return None
 
 
 @contextmanager
@@ -314,35 +336,6 @@ def _plain_kernels(recurrent: bool) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for library, state in zip(libraries, enabled, strict=True):
             library.enabled = state
-
-
-def _leaves(raw: Any) -> tuple[Tensor, ...]:
-    """The output tensors inside whatever a model returned, `[n, ..., C]`, at least float32; `[n]` becomes `[n, 1]`."""
-    if isinstance(raw, Tensor):
-        leaves: tuple[Any, ...] = (raw,)
-    elif isinstance(getattr(raw, "logits", None), Tensor):
-        leaves = (raw.logits,)
-    elif isinstance(raw, Mapping):
-        leaves = (raw["logits"],) if "logits" in raw else tuple(raw.values())
-    elif isinstance(raw, list | tuple):
-        leaves = tuple(raw)
-    else:
-        leaves = (raw,)
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 1:
-            got = f"{leaf.dtype} of shape {list(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise OutputError(
-                f"outputs: the model returned {_kind(raw)} with an entry of {got}; expected float tensors with examples"
-                " first. Pass output_fn=lambda out: ... that picks the outputs to compare"
-            )
-    columns = (
-        leaf.unsqueeze(-1) if leaf.dim() == 1 else leaf for leaf in leaves
-    )  # the last axis is never the examples
-    return tuple(f.float() if f.dtype in (torch.bfloat16, torch.float16) else f for f in columns)
-
-
-class OutputError(ValueError):
-    """The model's outputs are not what a metric can be built on."""
 
 
 class NotFiniteError(OutputError):
@@ -378,10 +371,6 @@ def _check_normalisation(module: nn.Module) -> None:
                 f"model: {name or type(m).__name__} is a BatchNorm that keeps no running statistics, so an output"
                 " depends on the other examples of its batch even in eval mode; use track_running_stats=True and train"
             )
-
-
-def _kind(raw: Any) -> str:
-    return f"a {type(raw).__name__}"
 
 
 def _describe(batch: Any, output_map: OutputMap) -> str:

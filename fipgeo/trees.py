@@ -114,3 +114,36 @@ def floats(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, Mapping | list | tuple):
         for value in tree.values() if isinstance(tree, Mapping) else tree:
             yield from floats(value)
+
+
+class OutputError(ValueError):
+    """The model's outputs are not what a metric can be built on."""
+
+
+def output_tensors(raw: Any) -> tuple[Tensor, ...]:
+    """The output tensors inside whatever a model returned, `[n, ..., C]`, at least float32; `[n]` becomes `[n, 1]`.
+
+    Raises:
+        OutputError: An entry is no float tensor with examples first.
+    """
+    if isinstance(raw, Tensor):
+        leaves: tuple[Any, ...] = (raw,)
+    elif isinstance(getattr(raw, "logits", None), Tensor):
+        leaves = (raw.logits,)
+    elif isinstance(raw, Mapping):
+        leaves = (raw["logits"],) if "logits" in raw else tuple(raw.values())
+    elif isinstance(raw, list | tuple):
+        leaves = tuple(raw)
+    else:
+        leaves = (raw,)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 1:
+            got = f"{leaf.dtype} of shape {list(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise OutputError(
+                f"outputs: the model returned a {type(raw).__name__} with an entry of {got}; expected float tensors"
+                " with examples first. Pass output_fn=lambda out: ... that picks the outputs to compare"
+            )
+    columns = (
+        leaf.unsqueeze(-1) if leaf.dim() == 1 else leaf for leaf in leaves
+    )  # the last axis is never the examples
+    return tuple(f.float() if f.dtype in (torch.bfloat16, torch.float16) else f for f in columns)

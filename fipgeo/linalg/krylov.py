@@ -183,7 +183,7 @@ class Search:
         alive = outside.diagonal().sqrt() > 100 * self.eps * self.scale  # the rest is rounding of the product
         self.left = self.left if bool(alive.all()) else self.left[alive.to(self.left.device)]
         last = self.s[new]
-        self.estimates = torch.einsum("ij,ik,kj->j", last, outside, last).clamp(min=0).sqrt()
+        self.estimates = ((outside @ last) * last).sum(0).clamp(min=0).sqrt()
         return True
 
     def _relax(self) -> None:

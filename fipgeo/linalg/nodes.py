@@ -176,7 +176,7 @@ class Gram(LinearOperator):
         return self.root.rank_bound
 
     def _apply(self, x: Tensor) -> Tensor:
-        return self.scale * self.root._normal(x)
+        return self.root._scaled_normal(x, self.scale)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         return self._apply(y)

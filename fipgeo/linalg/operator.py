@@ -77,6 +77,12 @@ class LinearOperator(ABC):
         """`A^T A x_i` for each row: `[k, n]` to `[k, n]`; override to make it one pass over the data."""
         return self._adjoint(self._apply(x))
 
+    def _scaled_normal(self, x: Tensor, scale: float) -> Tensor:
+        """`scale A^T A x_i` for each row; the factor goes to the shorter side, where that is open."""
+        if self.shape[0] <= self.shape[1] and type(self)._normal is LinearOperator._normal:
+            return self._adjoint(scale * self._apply(x))
+        return scale * self._normal(x)
+
     @property
     def rank_bound(self) -> int:
         """An upper bound of the rank that follows from the shapes of the parts."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fipgeo.linalg._stacks import as_generator, inner, norms, scaled, wide
+from fipgeo.linalg._stacks import as_generator, inner, norms, rademacher, scaled, wide
 from fipgeo.linalg._system import require_spectrum, tolerance
 from fipgeo.linalg.factor import DualFactor
 from fipgeo.linalg.krylov import Search, lanczos
@@ -15,6 +15,7 @@ from fipgeo.linalg.result import Outcome, Spectrum
 
 _CLEAR = 1e5  # from singular values above this many eps of the largest, vectors come out orthogonal
 _WIDE = 400  # from this many rows on a few eigenvectors of a Gram matrix are found faster by Lanczos
+_MODEST = 1500  # up to here, and where its digits will do, a whole decomposition in float32 is faster still
 _DENSE_BLOCK = 4
 _FEW = 20  # ... if they are less than one in 20
 
@@ -120,8 +121,8 @@ def dual_eigh(
         scale: factor of `R^T R`, not negative.
         k: pairs, at most `min(m, n)`; None for all `min(m, n)`.
         gram: K, `[m, m]`, if it is known; None computes `root.gram()`.
-        vectors: whether to make the vectors `[k, n]`, by k adjoint products, and measure their residuals, by
-            k normal ones.
+        vectors: whether to make the vectors `[k, n]`, by k adjoint products. Their residuals are measured in K, and
+            what products round on top by true products with two sums of all vectors with random signs.
         rtol: a residual, relative to the largest eigenvalue, that is good enough for a few pairs; None for all
             digits that there are.
 
@@ -156,7 +157,9 @@ def _mapped_back(
 ) -> Spectrum:
     """The record of eigenvectors u `[k, m]` of K as vectors `v = R^T c`, c being u made orthonormal under K.
 
-    Then `scale R^T R v - lambda v = R^T (scale R v - lambda c)`, which is how residuals are measured.
+    Then `scale R^T R v - lambda v = R^T (scale K c - lambda c)`, whose norm takes K alone. What this leaves out is that
+    products round, `R v` not being quite `K c`: two sums of all v with random signs show it by true products, and the
+    larger of both counts for every vector.
     """
     operator, k = Gram(root, scale), len(vectors)
     turn = _orthonormalising(vectors @ dual @ vectors.T)
@@ -167,8 +170,12 @@ def _mapped_back(
         return _record(operator, values, k, back, num_products)
     c = (turn @ vectors).to(root.dtype)
     back = root.adjoint(c)
-    misses = root.adjoint(scale * root(back) - scaled(values[:k], c))
-    return _record(operator, values, k, back, num_products + k, norms(misses))
+    misses = scale * (c.to(dual.dtype) @ dual) - scaled(values[:k], c.to(dual.dtype))
+    missed = ((misses @ dual) * misses).sum(-1).clamp(min=0)
+    signs = rademacher((min(2, k), k), c, as_generator(None))
+    gap = root(signs @ back).to(dual.dtype) - (signs @ c).to(dual.dtype) @ dual
+    rounding = norms(root.adjoint((scale * gap).to(root.dtype))).max()
+    return _record(operator, values, k, back, num_products + 2 * len(signs) - k, (missed + rounding.square()).sqrt())
 
 
 def _orthonormalising(gram: Tensor) -> Tensor | None:
@@ -191,11 +198,18 @@ def _orthonormal(rows: Tensor) -> Tensor:
 
 
 def _few(root: LinearOperator, scale: float, k: int, gram: Tensor | None, rtol: float | None) -> Spectrum | None:
-    """The k largest pairs by Lanczos on K, None where that does not end in time."""
+    """The k largest pairs by Lanczos on K, or to few digits in float32; None where Lanczos does not end in time."""
     m = root.shape[0]
     dual = root.gram() if gram is None else gram.to(wide(root.device))
     if dual.shape != (m, m):
         return None  # the factorisation words the complaint
+    spent = k + (min(root.shape) if gram is None else 0)
+    if m <= _MODEST and rtol is not None and rtol >= 100 * torch.finfo(torch.float32).eps:
+        vectors = torch.linalg.eigh(dual.float()).eigenvectors.flip(1)[:, :k].T.to(dual.dtype)
+        values = (((vectors @ dual) * vectors).sum(-1) / vectors.square().sum(-1)).clamp(min=0)
+        rest = scale * (dual.trace() - values.sum())
+        found = _mapped_back(root, scale, scale * values, vectors, dual, spent)
+        return replace(found, complete=bool(abs(rest) <= m * found.tolerance()))
     accuracy = 1e-2 * torch.finfo(root.dtype).eps if root.dtype.itemsize < 8 else 1e-13
     accuracy = accuracy if rtol is None else max(accuracy, 0.1 * rtol)
     operator = Dense(dual.to(root.dtype) if accuracy > 100 * torch.finfo(root.dtype).eps else dual, psd=True)
@@ -204,7 +218,6 @@ def _few(root: LinearOperator, scale: float, k: int, gram: Tensor | None, rtol: 
         return None
     rest = scale * (dual.trace() - search.values.sum()) if search.complete else torch.inf
     values = scale * search.values.clamp(min=0)
-    spent = k + (min(root.shape) if gram is None else 0)
     found = _mapped_back(root, scale, values, search.vectors.to(dual.dtype), dual, spent)
     return replace(found, complete=bool(abs(rest) <= m * found.tolerance()))
 
