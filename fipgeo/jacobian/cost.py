@@ -18,6 +18,9 @@ from fipgeo.jacobian.factored.plan import BYTE, STACK, Plan, plan, trace
 WIDE = 2
 """Single-precision operations that take as long as one in float64, on CPUs."""
 
+SYMMETRIC = 0.65
+"""Share of the products that a symmetric matrix takes."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -45,14 +48,32 @@ class Costs:
     Attributes:
         forward: Operations of one forward pass over the data.
         engines: Cost by engine.
-        gram: Operations that make K = R R^T in float64, differentiation included.
+        making: Operations that make all factors once, group by group where they do not fit together.
+        inner: Operations of the products K = R R^T, half of which are saved by its symmetry.
         bytes_by_name: Least memory of the factors of every parameter, over all the data.
     """
 
     forward: float
     engines: Mapping[str, Cost]
-    gram: float
+    making: float
+    inner: float
     bytes_by_name: Mapping[str, float]
+
+    @property
+    def gram(self) -> float:
+        """Operations that make K = R R^T in float64, differentiation included."""
+        return self.making + WIDE * self.inner
+
+    def dual(self, products: float, max_bytes: float, *, single: bool = False) -> float:
+        """Operations that make K, in float64 or from products in single precision, and take a number of products.
+
+        The factors of which K was made serve the products as well, where they stay in memory.
+        """
+        inner = self.inner * (1 if single else WIDE)
+        ways = [self.making + self.least(products, max_bytes)]
+        if self.engines["factored"].num_bytes <= max_bytes:
+            ways.append(self.engines["factored"].total(products))
+        return inner + min(ways)
 
     def cheapest(self, products: float, max_bytes: float) -> str:
         """The engine that takes least for a number of products, among those that fit."""
@@ -111,8 +132,8 @@ def estimate(function: EmbeddedOutputs, weights: Weights, survey: Survey, max_by
     }
     by_name = _bytes_by_name(small, shapes, height * itemsize, count)
     groups = max(1.0, sum(by_name.values()) / max(max_bytes, 1))
-    gram = groups * engines["factored"].setup + WIDE * mixed.pair * survey.num_rows**2
-    return Costs(forward * count, engines, gram, by_name)
+    making, inner = groups * engines["factored"].setup, SYMMETRIC * mixed.pair * survey.num_rows**2
+    return Costs(forward * count, engines, making, inner, by_name)
 
 
 def _rows_flops(chosen: Plan) -> float:

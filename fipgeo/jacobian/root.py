@@ -14,7 +14,7 @@ from fipgeo.jacobian.autodiff import AutodiffRoot
 from fipgeo.jacobian.cost import Costs, estimate, size
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Survey
 from fipgeo.jacobian.factored import FactoredRoot, gram_by_parameters
-from fipgeo.jacobian.gram import gram_by_pairs
+from fipgeo.jacobian.gram import gram_by_pairs, inner_products
 from fipgeo.jacobian.linearised import LinearisedRoot
 from fipgeo.jacobian.look import Look, look
 from fipgeo.jacobian.materialised import materialised_root
@@ -79,6 +79,7 @@ class JacobianRoot(LinearOperator):
         self.engine, self.max_bytes = engine, max_bytes
         self._using: LinearOperator | None = None
         self._gram: Tensor | None = None
+        self._single: Tensor | None = None
         self._spent = 0.0
         self._unfit: set[str] = set()
         if survey is None:  # nobody has looked at the model's derivative rules either
@@ -129,15 +130,26 @@ class JacobianRoot(LinearOperator):
             self._change(self._cheapest(products))
         return self._operator
 
-    def gram(self) -> Tensor:
-        """K = R R^T in float64, `[N * M, N * M]`; made once, from what is held or group by group within `max_bytes`."""
-        if self._gram is None:
-            using = self.prepare(self.shape[0])
-            if isinstance(using, FactoredRoot | Dense):
-                self._gram = using.gram()
-            else:
-                self._gram = self._gram_in_parts()
-        return self._gram
+    def gram(self, *, single: bool = False) -> Tensor:
+        """K = R R^T in float64, `[N * M, N * M]`; made once, from what is held or group by group within `max_bytes`.
+
+        Args:
+            single: Whether products in the precision of R do, summed up in float64: half of the time, seven digits.
+        """
+        if self._gram is not None or (single and self._single is not None):
+            return self._single if self._gram is None else self._gram  # type: ignore[return-value]
+        using = self.prepare(self.shape[0])
+        if isinstance(using, FactoredRoot):
+            found = using.gram(single=single)
+        elif isinstance(using, Dense):
+            found = inner_products(using.matrix, using.matrix, single=single)
+        else:
+            found = self._gram_in_parts(single)
+        if single:
+            self._single = found
+        else:
+            self._gram = found
+        return found
 
     def restricted(self, params: Where) -> LinearOperator:
         """The columns of some parameters, from what is held where it is held; `[N * M, d]`.
@@ -209,7 +221,7 @@ class JacobianRoot(LinearOperator):
             )
         return materialised_root(self.function, self.theta, self.survey)
 
-    def _gram_in_parts(self) -> Tensor:
+    def _gram_in_parts(self, single: bool) -> Tensor:
         groups: list[list[str]] = [[]]
         used = 0.0
         for name, need in self.costs.bytes_by_name.items():
@@ -221,7 +233,7 @@ class JacobianRoot(LinearOperator):
             groups[-1].append(name)
             used += need
         try:
-            return gram_by_parameters(self.function, self.theta, self.survey, self.max_bytes, groups)
+            return gram_by_parameters(self.function, self.theta, self.survey, self.max_bytes, groups, single=single)
         except ValueError as error:
             log.info("the Gram matrix is made from rows: %s", error)
             return gram_by_pairs(self.function, self.theta, self.survey, self.max_bytes)

@@ -32,14 +32,20 @@ def cheapest_solver(root: LinearOperator, count: int, dampings: int) -> str:
     if count >= 4:  # one sketch for all; each solve then takes a third of the iterations or less
         ways["nystrom"] = costs.least(SKETCH + ITERATIONS * pairs / 3, most)
     if 16 * rows**2 <= most:
-        ways["dual"] = costs.gram + WIDE * rows**3 + costs.least(4 * pairs, most)
+        ways["dual"] = costs.dual(4 * pairs, most) + WIDE * rows**3
     if 16 * dim**2 <= most and dim < rows:
         ways["dense"] = costs.least(dim, most) + WIDE * dim**3
     return min(ways, key=lambda way: ways[way])
 
 
-def cheapest_spectrum(root: LinearOperator, k: int | None) -> str:
-    """The cheapest of "dual", "dense" and "lanczos" for k eigenpairs, or for all that are not zero."""
+def cheapest_spectrum(root: LinearOperator, k: int | None, single: bool = False) -> str:
+    """The cheapest of "dual", "dense" and "lanczos" for k eigenpairs, or for all that are not zero.
+
+    Args:
+        root: R.
+        k: How many; None for all.
+        single: Whether K from products in single precision has digits enough.
+    """
     rows, dim = root.shape
     if not isinstance(root, JacobianRoot):
         return _by_size(rows, dim, "lanczos")
@@ -48,7 +54,7 @@ def cheapest_spectrum(root: LinearOperator, k: int | None) -> str:
     if 16 * rows**2 <= most:
         few = k is not None and 20 * k <= rows
         work = WIDE * (2 * searched(k or 0) * rows**2 if few else 9 * rows**3)
-        ways["dual"] = costs.gram + work + costs.least(2 * (k or min(rows, dim)), most)
+        ways["dual"] = costs.dual((k or min(rows, dim)) / 2 + 2, most, single=single) + work
     if 16 * dim**2 <= most and dim < rows:
         ways["dense"] = costs.least(dim, most) + 9 * WIDE * dim**3
     return min(ways, key=lambda way: ways[way], default="lanczos")
