@@ -1,18 +1,30 @@
-"""Benchmark records: one json file a benchmark, in which a repeated run replaces its own figures."""
+"""Benchmark records: one json file a benchmark, in which a repeated run replaces its own figures.
+
+Two processes may write to one file at once: each merges its records into what is there under a lock, and the file is
+replaced as a whole.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fipgeo
+
+try:
+    import fcntl
+except ImportError:  # Windows: one process at a time
+    fcntl = None
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("case", "method", "figure", "seed")
@@ -31,19 +43,37 @@ def environment() -> dict[str, Any]:
     }
 
 
+def read(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The records of `folder/name.json`; none if there is no such file."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text())["records"] if path.exists() else []
+
+
 def write(name: str, records: Sequence[dict[str, Any]], folder: Path = RESULTS) -> Path:
     """Merge records into `folder/name.json`; those with the same case, method, figure and seed are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    old = json.loads(path.read_text())["records"] if path.exists() else []
-    new = {tuple(r.get(k) for k in KEY): r for r in [*old, *records]}
-    body = {
-        "environment": environment(),
-        "command": f"python benchmarks/{name}.py " + " ".join(sys.argv[1:]),
-        "records": list(new.values()),
-    }
-    path.write_text(json.dumps(body, indent=1, allow_nan=False) + "\n")
+    with _locked(path):
+        new = {tuple(r.get(k) for k in KEY): r for r in [*read(name, folder), *records]}
+        body = {
+            "environment": environment(),
+            "command": f"python -m benchmarks.{name} " + " ".join(sys.argv[1:]),
+            "records": list(new.values()),
+        }
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        fresh.write_text(json.dumps(body, indent=1, allow_nan=False) + "\n")
+        os.replace(fresh, path)
     return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone with a file among the processes of this machine; the lock is a file of its own in the temporary folder."""
+    mark = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with open(Path(tempfile.gettempdir()) / f"fipgeo-{mark}.lock", "w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _processor() -> str:

@@ -1,99 +1,240 @@
-"""Sparsity without labels on real pretrained networks: test accuracy at each level, beside magnitude pruning.
+"""Sparsity without labels on real pretrained networks: test accuracy at each level, beside what people use today.
 
-    python benchmarks/sparsify.py akamaster_cifar10_resnet20 --levels 0.7 0.8 0.9
-    python benchmarks/sparsify.py sfd_mnist_lenet5 --levels 0.9 0.95 0.98
+    python -m benchmarks.sparsify                                          all that is not on record yet
+    python -m benchmarks.sparsify --models sfd_mnist_lenet5 --levels 0.9 --methods fipgeo magnitude --limit 600
+    python -m benchmarks.sparsify --models akamaster_cifar10_resnet20 --inputs 10000 --methods fipgeo
+    python -m benchmarks.sparsify --tune --models gaurav_mnist_vit --budget 30    learning rates of the baselines
+    python -m benchmarks.sparsify --plan                                   what would be run, and nothing else
 
-1,000 unlabelled training inputs, all test images, weights of convolutions and linear layers counted together. Every
-level is a path of its own; a tenth of the inputs is set apart for its verdict. Test labels are used for the table only.
+The first unlabelled training inputs, all test images, the weights of convolutions and linear layers counted together.
+Test labels are used for the table only. A cell is (network, level, inputs, method, seed); those on record are skipped
+unless --again is given, what matters most comes first, and each is written when it is done, so that a run can be broken
+off and several can share the work (--models). One path of fipgeo gives all levels of a network, each by a full
+correction at its waypoint; its seconds at a level are what the path had taken when it got there, and are the budget of
+every baseline at that level, which all have a run of their own for each level. On one thread (--threads) budgets are
+CPU time. Records go to benchmarks/results/sparsify.json; docs/sparsity.md and docs/results.md are made from it.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from pretrained import load
-from records import write
 from torch import Tensor, nn
 
 import fipgeo
+from benchmarks.baselines import Found, Pace, Task, counted, goal, normalised, outputs, timed, zeros
+from benchmarks.methods import BASELINES, FIXED, GRIDS, HELD_OUT, OURS, STATISTICS, agreement, rate_of
+from benchmarks.pretrained import held_out, load
+from benchmarks.records import RESULTS, read, write
+
+MODELS = [
+    "akamaster_cifar10_resnet20",
+    "sfd_mnist_lenet5",
+    "mlp_mnist",
+    "gaurav_mnist_vit",
+    "kd_cifar10_resnet8",
+    "sfd_fmnist_lenet5",
+    "smmk47_cifar10_vit",
+    "kd_cifar10_wrn16_1",
+]
+LEVELS = [0.9, 0.8, 0.95, 0.7]
+EXTRA = {"mlp_mnist": [0.98]}
+TUNED_AT = 0.9
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of right answers."""
-    return float(torch.cat([model(part).argmax(1) for part in x.split(500)]).eq(y).double().mean())
+class Cell(NamedTuple):
+    """One figure to be measured."""
+
+    model: str
+    level: float
+    inputs: int
+    method: str
+    seed: int
+
+    @property
+    def case(self) -> str:
+        """Its name on record."""
+        return case(self.model, self.level, self.inputs)
 
 
-@torch.no_grad()
-def magnitude(model: nn.Module, sparsity: float, inputs: Tensor | None = None) -> nn.Module:
-    """The smallest weights of all layers set to zero; BatchNorm statistics re-estimated if inputs are given."""
-    pruned = copy.deepcopy(model)
-    weights = [p for p in pruned.parameters() if p.dim() > 1]
-    flat = torch.cat([w.abs().flatten() for w in weights])
-    threshold = flat.kthvalue(round(sparsity * len(flat))).values
-    for w in weights:
-        w[w.abs() <= threshold] = 0
-    if inputs is not None:
-        for m in pruned.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.reset_running_stats()
-                m.momentum = None
-        pruned.train()
-        for part in inputs.split(250):
-            pruned(part)
-    return pruned.eval()
+def case(model: str, level: float, inputs: int) -> str:
+    return f"{model}/sparsity={level:g}/inputs={inputs}"
 
 
-def zeros(model: nn.Module) -> float:
-    """Exact zeros among the weights of convolutions and linear layers, as a share."""
-    weights = [p for p in model.parameters() if p.dim() > 1]
-    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+def main(arguments: list[str] | None = None) -> None:
+    args = parsed(arguments)
+    torch.set_num_threads(args.threads)
+    begun, failed = time.perf_counter(), 0
+    for cell in tunings(args) if args.tune else cells(args):
+        if time.perf_counter() - begun > args.limit:
+            break
+        if args.plan:
+            print(cell.case, cell.method, f"seed {cell.seed}", sep="  ")
+        elif args.tune or args.again or not on_record(cell, args.folder):
+            try:
+                (tune if args.tune else measure)(cell, args)
+            except Exception as error:  # the other cells do not depend on it
+                failed += 1
+                print(f"{cell.case}  {cell.method}  {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    if failed:
+        sys.exit(f"{failed} cells failed")
 
 
-def run(name: str, levels: list[float], count: int, seed: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records of one network at all levels."""
-    model, inputs, x_test, y_test = load(name, count)
-    normalised = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    records: list[dict[str, Any]] = []
-
-    def note(case: str, method: str, net: nn.Module, **more: Any) -> None:
-        value = 100 * accuracy(net, x_test, y_test)
-        base = {"case": case, "method": method, "figure": "test accuracy", "value": round(value, 2), "unit": "%"}
-        records.append(base | {"seed": seed, "zeros": zeros(net)} | more)
-        print(f"{case:<40} {method:<36} {value:6.2f} %  zeros {zeros(net):.4f}  {more}", flush=True)
-
-    note(f"{name} dense", "dense", model)
-    for level in levels:
-        case = f"{name} {level:.0%}"
-        note(case, "magnitude", magnitude(model, level))
-        if normalised:
-            note(case, "magnitude, statistics re-estimated", magnitude(model, level, inputs))
-        wall, cpu = time.perf_counter(), time.process_time()
-        path = fipgeo.sparsify(model, inputs, level, held_out=0.1, generator=seed, store="last", **options)
-        method = ", ".join(["fipgeo", *(f"{key}={value}" for key, value in options.items())])
-        spent = {"seconds": round(time.perf_counter() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-        end, sparse = path[-1], path[-1].apply_(copy.deepcopy(model))
-        verdict = {"steps": end.step, "drift": round(end.drift, 4), "changed": end.changed, "upper": end.changed_upper}
-        note(case, method, sparse, **spent, **verdict, outcome=path.outcome)
-        write("sparsify", records)
-    return records
-
-
-def main() -> None:
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="name of a pretrained network, such as akamaster_cifar10_resnet20")
-    parser.add_argument("--levels", type=float, nargs="+", default=[0.7, 0.8, 0.9])
-    parser.add_argument("--inputs", type=int, default=1000, help="unlabelled training inputs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--score", help="what decides which weights become zero, instead of sparsify's own choice")
-    parser.add_argument("--corrector", help="what brings the outputs back, instead of sparsify's own choice")
-    args = parser.parse_args()
-    options = {key: getattr(args, key) for key in ("score", "corrector") if getattr(args, key) is not None}
-    write("sparsify", run(args.model, args.levels, args.inputs, args.seed, options))
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--levels", type=float, nargs="+", help="default: 0.9, 0.8, 0.95, 0.7; 0.98 too for the MLP")
+    parser.add_argument("--methods", nargs="+", default=[OURS, *BASELINES], choices=[OURS, *BASELINES])
+    parser.add_argument("--inputs", type=int, nargs="+", default=[1000], help="unlabelled training inputs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--limit", type=float, default=float("inf"), help="no cell begins after so many seconds")
+    parser.add_argument("--budget", type=float, help="seconds of a baseline, instead of those of fipgeo's record")
+    parser.add_argument("--again", action="store_true", help="measure what is on record too")
+    parser.add_argument("--plan", action="store_true", help="print the cells and stop")
+    parser.add_argument("--tune", action="store_true", help="measure the learning rates of the baselines")
+    parser.add_argument("--score", help="of fipgeo, instead of sparsify's own choice; named in the record")
+    parser.add_argument("--corrector", help="of fipgeo, instead of sparsify's own choice; named in the record")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
+    return parser.parse_args(arguments)
+
+
+def levels(model: str, args: argparse.Namespace) -> list[float]:
+    return args.levels or LEVELS + EXTRA.get(model, [])
+
+
+def cells(args: argparse.Namespace) -> Iterator[Cell]:
+    """In the order of seeds, networks, inputs, then fipgeo at all levels, then level by level the baselines."""
+    own = ", ".join([OURS, *(f"{key}={value}" for key, value in options(args).items())])
+    for seed, model, inputs in product(args.seeds, args.models, args.inputs):
+        yield Cell(model, 0.0, inputs, "dense", 0)
+        yield from (Cell(model, level, inputs, own, seed) for level in levels(model, args) if OURS in args.methods)
+        for level, method in product(levels(model, args), (m for m in args.methods if m != OURS)):
+            if not (method in FIXED and seed != args.seeds[0]):
+                yield Cell(model, level, inputs, method, 0 if method in FIXED else seed)
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """What is asked of fipgeo beside its defaults."""
+    return {key: getattr(args, key) for key in ("score", "corrector") if getattr(args, key)}
+
+
+def on_record(cell: Cell, folder: Path) -> bool:
+    """Whether the cell was measured; records of an older form, which do not say what was spent, do not count."""
+    found = {(r["case"], r["method"], r["seed"]) for r in read("sparsify", folder) if "forwards" in r}
+    return (cell.case, cell.method, cell.seed) in found
+
+
+def measure(cell: Cell, args: argparse.Namespace) -> None:
+    """Run one cell, or all levels of a path at once, and write what came out."""
+    model, inputs, x_test, y_test = load(cell.model, cell.inputs)
+    if cell.method == STATISTICS and not normalised(model):
+        return
+
+    def note(level: float, method: str, found: Found) -> None:
+        value = 100 * float(outputs(found.model, x_test).argmax(1).eq(y_test).double().mean())
+        record = {"case": case(cell.model, level, cell.inputs), "method": method, "figure": "test_accuracy"}
+        record |= {"value": round(value, 2), "unit": "%", "seed": cell.seed} | verified(found, model, level)
+        write("sparsify", [record], args.folder)
+        print(f"{record['case']:<56} {method:<34} {value:6.2f} %  {found.cpu_seconds:.0f} s", flush=True)
+
+    if cell.method == "dense":
+        note(0.0, "dense", Found(model, 0.0))
+    elif cell.method not in BASELINES:
+        wanted = [c for c in cells(args) if c[2:] == cell[2:] and c.model == cell.model]
+        pending = sorted(c.level for c in wanted if args.again or not on_record(c, args.folder))
+        if cell.level == next(c.level for c in wanted if c.level in pending):
+            for level, found in ours(model, inputs, pending, cell.seed, options(args)):
+                note(level, cell.method, found)
+    else:
+        rate = rate_of(cell.model, cell.method, args.folder)
+        task = Task(model, inputs, cell.level, cell.seed, Pace(budget(cell, args)), rate)
+        found = timed(BASELINES[cell.method], task)
+        found.more.update({} if cell.method in FIXED else {"rate": rate, "budget_s": task.pace.budget_s})
+        note(cell.level, cell.method, found)
+
+
+def ours(
+    model: nn.Module, inputs: Tensor, targets: list[float], seed: int, options: dict[str, Any]
+) -> list[tuple[float, Found]]:
+    """One path through all levels: the network at each, and what the path had taken when it got there."""
+    names, spent, wall, cpu = counted(model), [(0.0, 0.0)], time.perf_counter(), time.process_time()
+
+    def note(info: Any) -> None:
+        del info
+        spent.append((time.perf_counter() - wall, time.process_time() - cpu))
+
+    path = fipgeo.sparsify(
+        model,
+        inputs,
+        tuple(targets) if len(targets) > 1 else targets[0],  # type: ignore[arg-type]
+        exclude=lambda name, _: name not in names,
+        held_out=HELD_OUT,
+        generator=seed,
+        callback=note,
+        **options,
+    )
+    found = []
+    for level in targets:
+        at = min(range(len(path)), key=lambda i, level=level: (abs(path[i].sparsity - level), -i))
+        point = path[at]
+        more = {"steps": point.step, "drift": round(point.drift, 4), "changed": point.changed}
+        more |= {"upper": point.changed_upper, "outcome": path.outcome, "levels": len(targets)}
+        sparse = point.apply_(copy.deepcopy(model)).eval()
+        if zeros(sparse) >= goal(model, level):
+            found.append((level, Found(sparse, point.cost, *spent[at], more)))
+    return found
+
+
+def budget(cell: Cell, args: argparse.Namespace) -> float:
+    """Seconds for a baseline: what fipgeo took for the same case, with this seed or the first there is."""
+    if args.budget is not None or cell.method in FIXED:
+        return args.budget or 0.0
+    took = [r for r in read("sparsify", args.folder) if (r["case"], r["method"]) == (cell.case, OURS)]
+    if not took:
+        raise ValueError(f"no record of fipgeo gives the time for {cell.method}; run it first, or pass --budget")
+    record = next((r for r in took if r["seed"] == cell.seed), took[0])
+    return record["cpu_seconds" if args.threads == 1 else "seconds"]
+
+
+def verified(found: Found, dense: nn.Module, level: float) -> dict[str, Any]:
+    """Exact zeros and cost; an error where zeros are missing."""
+    have, want, total = zeros(found.model), goal(dense, level), sum(w.numel() for w in counted(dense).values())
+    if have < want:
+        raise RuntimeError(f"{have} zeros instead of {want}")
+    cost = {"seconds": round(found.seconds, 1), "cpu_seconds": round(found.cpu_seconds, 1), "forwards": found.forwards}
+    return {"zeros": have / total, "counted": total} | cost | found.more
+
+
+def tunings(args: argparse.Namespace) -> Iterator[Cell]:
+    """One for each network and family of baselines."""
+    for model, method in product(args.models, GRIDS):
+        if method in args.methods:
+            yield Cell(model, TUNED_AT, args.inputs[0], method, 0)
+
+
+def tune(cell: Cell, args: argparse.Namespace) -> None:
+    """Agreement with the dense network on training images that no method is given, for every rate of the grid."""
+    model, inputs, _, _ = load(cell.model, cell.inputs)
+    unseen, seconds = held_out(cell.model), budget(cell, args)
+    for rate in GRIDS[cell.method]:
+        name = f"{cell.method}, rate {rate:g}"
+        if not args.again and any((r["case"], r["method"]) == (cell.case, name) for r in read("rates", args.folder)):
+            continue
+        found = timed(BASELINES[cell.method], Task(model, inputs, cell.level, 0, Pace(seconds), rate))
+        value = round(agreement(model, found.model, unseen), 2)
+        record = {"case": cell.case, "method": name, "figure": "agreement", "value": value, "unit": "%", "seed": 0}
+        record |= {"rate": rate, "family": cell.method, "budget_s": seconds, "seconds": round(found.seconds, 1)}
+        write("rates", [record], args.folder)
+        print(f"{cell.case:<56} {name:<44} {value:6.2f} %", flush=True)
 
 
 if __name__ == "__main__":
