@@ -27,7 +27,7 @@ from benchmarks.measure import Unavailable, data_folder_exists
 Inputs = Tensor | dict[str, Tensor]
 
 EXAMPLES = {
-    "mlp": [100, 256, 1000],
+    "mlp": [100, 256, 400, 1000],
     "resnet20": [16, 64, 100, 400],
     "vit": [16, 100],
     "bert": [16],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from fipgeo.plotting import figure_svg
 
@@ -59,6 +60,10 @@ def plots(records: Sequence[Record]) -> list[str]:
                 colour = "C0" if method == "fipgeo" else "C1"
                 axes.plot(*zip(*points, strict=True), style, marker=mark, color=colour, label=f"{network}, {method}")
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds a product")
+        # less than a decade would get a label at every minor tick, and they overlap
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(frameon=False)
         made.append(figure_svg(axes, f"Seconds of one product over {label}, beside {PEER}") + "\n")
     return made
