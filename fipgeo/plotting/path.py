@@ -60,10 +60,11 @@ def plot_path(
 
     The panels are ``"drift"`` (distance to the outputs at the start as a share of their spread, with the band of
     its interval, the budget shaded), ``"changed"`` (share of changed predictions with the band up to its upper
-    confidence bound) and ``"sparsity"`` (share of zero weights) where that changes, else ``"objective"``. The line
-    joins the accepted points; rejected ones, if the record has any, stand beside it, hollow. A star marks the best point. Where the
-    path goes on with another objective, a line stands in every panel and ``"objective"`` shows the last one only.
-    Numbers that are not finite leave a gap, and a panel without any finite number says so.
+    confidence bound) and ``"sparsity"`` (share of zero weights) where that changes, else ``"objective"``. The
+    line joins the accepted points; rejected ones, if the record has any, stand beside it, hollow. A star marks
+    the best point. Where the path goes on with another objective, a line stands in every panel, and
+    ``"objective"`` is a panel beside ``"sparsity"`` that shows the last of them. Numbers that are not finite leave
+    a gap, and a panel without any finite number says so.
 
     Args:
         path: A record such as `fipgeo.paths.PathResult`.
@@ -103,7 +104,9 @@ def plot_path(
         column["objective"][[int(point.step) <= legs[-1] for point in path.points]] = np.nan
     accepted = np.array([bool(getattr(point, "accepted", True)) for point in path.points])
     star = _best_index(path, best)
-    panels = _panels(axes, "sparsity" if _varies(column["sparsity"]) else "objective")
+    gains = ["sparsity"] if _varies(column["sparsity"]) else []
+    gains += ["objective"] if not gains or (legs and _differ(column["objective"], column["sparsity"])) else []
+    panels = _panels(axes, gains)
 
     for panel, ax in panels.items():
         style = series_style(ax, _SERIES, kwargs, {"markersize": 3.0, "linewidth": 1.2, "zorder": 2.5})
@@ -128,6 +131,11 @@ def _varies(values: np.ndarray) -> bool:
     return known.size > 0 and bool(known.min() < known.max())
 
 
+def _differ(one: np.ndarray, other: np.ndarray) -> bool:
+    known = np.isfinite(one) & np.isfinite(other)
+    return bool((one[known] != other[known]).any())
+
+
 def _column(path: PathRecord, name: str) -> np.ndarray:
     return as_numpy([getattr(point, name, None) for point in path.points], f"path.points[:].{name}")
 
@@ -136,9 +144,9 @@ def _column_of(records: Sequence[Any], name: str) -> np.ndarray:
     return as_numpy([getattr(record, name, None) for record in records], f"path.points[:].certificate.{name}")
 
 
-def _panels(axes: Any, gain: str) -> dict[str, Axes]:
+def _panels(axes: Any, gains: Sequence[str]) -> dict[str, Axes]:
     """The Axes to draw on, by panel, made or checked."""
-    names = ("drift", "changed", gain)
+    names = ("drift", "changed", *gains)
     if axes is None:
         return dict(zip(names, new_stack(len(names)), strict=True))
     if isinstance(axes, Axes):
