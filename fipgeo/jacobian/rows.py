@@ -13,7 +13,7 @@ from torch.func import jacrev
 from fipgeo.data import TensorBatches
 from fipgeo.jacobian.autodiff import Function, pull_back, vectorised
 from fipgeo.jacobian.embedded import EmbeddedOutputs, Weights
-from fipgeo.trees import map_tensors
+from fipgeo.trees import head, map_tensors
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +83,13 @@ class RowMaker:
     def _examples_stand_alone(self, batch: Any, examples: int) -> bool:
         """Whether the rows of single examples equal those of the batch: tried on two, checked by one pullback."""
         try:
-            whole = TensorBatches(as_tree(batch), 2)
-            few = whole.take(torch.arange(min(2, examples)))
+            whole, few = len(TensorBatches(as_tree(batch))), head(batch, 2)
             rows = torch.cat(list(self._by_example(few, 2)))
             z, pull = pull_back(self._on(batch), self.chosen)  # the whole batch: a small one may go another way
         except Exception as error:  # whatever a model says to a single example under vmap, whole batches are at hand
             log.info("rows are made from whole batches, since examples cannot be vectorised: %s", error)
             return False
-        if len(whole) != examples or len(rows) * examples != z.numel() * min(2, examples):
+        if whole != examples or len(rows) * examples != z.numel() * min(2, examples):
             return False
         u = torch.linspace(-1.0, 1.3, len(rows), dtype=z.dtype, device=z.device)
         expected = self._ravel(pull(torch.cat([u, u.new_zeros(z.numel() - len(u))]))[0])

@@ -21,27 +21,48 @@ from fipgeo.jacobian.factored.segment import Segment
 from fipgeo.jacobian.factored.store import Store
 from fipgeo.jacobian.graphs import HOOKS
 from fipgeo.jacobian.rows import RowMaker, as_tree
+from fipgeo.trees import head
 
 log = logging.getLogger(__name__)
 
 SMALL = 2**17
 """On CPUs, cotangents are pulled back together as long as one of them has at most so many numbers to be taken by."""
 
+FEW = 4
+"""Examples that are looked at in the place of all."""
+
+
+class _UnlikeError(Exception):
+    """A piece did not do what the few examples did that were to stand for it."""
+
 
 @dataclass(frozen=True)
 class _Piece:
-    """Examples that are differentiated together."""
+    """Examples that are differentiated together.
+
+    Attributes:
+        batch: The inputs.
+        examples: How many they are.
+        tracing: The sites of these examples, or of a few of them.
+        few: A few of these examples on which the layouts and the rows are checked; the batch itself to check on all.
+        height: Rows of one example.
+        origin: The batch that they are part of.
+    """
 
     batch: Any
+    examples: int
     tracing: Tracing
+    few: Any
     height: int
+    origin: int
 
 
 class Builder:
     """Makes the segments of a factored root.
 
     Examples are taken a few at a time, so that what is in flight fits `max_bytes` eight times (and the caches of a
-    CPU); the first ones are compared with plain differentiation.
+    CPU). The first few are traced, and compared with plain differentiation, in the place of all; if others then turn
+    out not to be like them, everything is made again with every piece traced and the whole first piece compared.
     """
 
     def __init__(
@@ -53,28 +74,46 @@ class Builder:
         self.weights = function.map.named(theta.clone() if theta.is_inference() else theta)
         self.shapes = {n: torch.Size(shape) for n, shape in self.space.shapes.items() if not names or n in names}
         self.names = {id(t): name for name, t in self.weights.items() if name in self.shapes}
+        self.quick = True
+        self.outputs: dict[int, dict[int, Tensor]] = {}
 
-    def segments(self) -> Iterator[Segment]:
+    def segments(self) -> list[Segment]:
         """One segment for every run of pieces that trace alike."""
+        try:
+            return self._segments()
+        except (_UnlikeError, ValueError) as error:  # whether it is one is for the whole pieces to say
+            log.info("every piece is looked at, since a few examples do not stand for all: %s", error)
+        self.quick = False
+        return self._segments()
+
+    def _segments(self) -> list[Segment]:
+        self.outputs = {}
         pieces = list(self._pieces())
-        for _, run in groupby(pieces, key=lambda piece: Same((piece.height, piece.tracing.signature))):
-            yield self._segment(list(run))
+        runs = groupby(pieces, key=lambda piece: Same((piece.height, piece.tracing.signature)))
+        out = [self._segment(list(run)) for _, run in runs]
+        for origin, batch in enumerate(self.function.batches) if self.quick else ():
+            parts = self.outputs.get(origin, {})
+            if len(parts) > 1:
+                self._check_apart(batch, torch.cat([parts[start] for start in sorted(parts)]))
+        return out
 
     def _pieces(self) -> Iterator[_Piece]:
-        function = self.function
-        for batch, examples, rows in zip(function.batches, self.survey.examples, self.survey.rows, strict=True):
+        function, counts = self.function, zip(self.survey.examples, self.survey.rows, strict=True)
+        for origin, (batch, (examples, rows)) in enumerate(zip(function.batches, counts, strict=True)):
             height = rows // examples
-            step = self._step(batch, examples, height)
+            few, tracing = self._few(batch, examples)
+            step = examples if tracing is None else self._step(tracing, examples, height)
             parts = [batch] if step >= examples else list(TensorBatches(as_tree(batch), step))
-            counts = [min(step, examples - start) for start in range(0, examples, step)]
-            found = [
-                traced(function, self.weights, part, count, self.names)
-                for part, count in zip(parts, counts, strict=True)
-            ]
+            sizes = [min(step, examples - start) for start in range(0, examples, step)]
+            if self.quick and tracing is not None:
+                for part, size in zip(parts, sizes, strict=True):
+                    yield _Piece(part, size, tracing, few if part is parts[0] and size > FEW else part, height, origin)
+                continue
+            found = [traced(function, self.weights, p, size, self.names) for p, size in zip(parts, sizes, strict=True)]
             if len(parts) > 1:
                 self._check_apart(batch, torch.cat([z for _, z in found]))
-            for part, (tracing, _) in zip(parts, found, strict=True):
-                yield _Piece(part, tracing, height)
+            for part, size, (own, _) in zip(parts, sizes, found, strict=True):
+                yield _Piece(part, size, own, part, height, origin)
 
     def _check_apart(self, batch: Any, split: Tensor) -> None:
         """Refuse a batch whose outputs are others when its examples come a few at a time."""
@@ -83,22 +122,25 @@ class Builder:
         if split.shape != whole.shape or float((split - whole).abs().max()) > coarse * float(whole.abs().max()):
             raise ValueError("engine: an output of this model depends on the other examples of its batch")
 
-    def _step(self, batch: Any, examples: int, height: int) -> int:
-        """How many examples to take at a time; all where they cannot be set apart."""
+    def _few(self, batch: Any, examples: int) -> tuple[Any, Tracing | None]:
+        """The first examples and their sites; the batch and None where it cannot be cut."""
+        few = min(examples, FEW)
         try:
-            few = min(examples, 4)
-            tree = TensorBatches(as_tree(batch), few)
-            if len(tree) != examples:
-                return examples
-            found = trace(self.function, self.weights, tree.take(torch.arange(few)), few, self.names)
+            if len(TensorBatches(as_tree(batch))) != examples:
+                return batch, None
+            some = head(batch, few)
+            return some, trace(self.function, self.weights, some, few, self.names)
         except Exception as error:  # whatever a model says to a smaller batch, the whole one is at hand
             log.info("batches stay whole, since the model does not take pieces of them: %s", error)
-            return examples
-        each = height * self.dtype.itemsize * sum(site.numel for site in found.sites) // few
+            return batch, None
+
+    def _step(self, tracing: Tracing, examples: int, height: int) -> int:
+        """How many examples to take at a time."""
+        each = height * self.dtype.itemsize * sum(site.numel for site in tracing.sites) // tracing.examples
         return max(1, min(examples, int(self.max_bytes / 8 // (each + 1))))
 
     def _segment(self, run: list[_Piece]) -> Segment:
-        total, height, tracing = sum(p.tracing.examples for p in run), run[0].height, run[0].tracing
+        total, height, tracing = sum(p.examples for p in run), run[0].height, run[0].tracing
         budget = self.max_bytes / self.survey.num_examples
         excluded: set[str] = set()
         while True:
@@ -117,13 +159,15 @@ class Builder:
 
     def _fill(self, store: Store, run: list[_Piece]) -> set[str]:
         """Fill a store; the parameters whose factors turned out wrong on the first piece, if any."""
-        counts = [piece.tracing.examples for piece in run]
+        counts = [piece.examples for piece in run]
         starts = [sum(counts[:i]) for i in range(len(run))]
         maker = RowMaker(self.function, self.weights, store.plan.uncovered)
         # the largest piece comes first: a single example shows neither layouts nor whether examples interact
         for place, i in enumerate(sorted(range(len(run)), key=lambda i: -counts[i])):
             piece, n, start = run[i], counts[i], starts[i]
-            self._factors(store, piece, start, first_piece=place == 0)
+            if place == 0 and piece.tracing.sites:
+                store.decide(self._layouts(piece))
+            self._factors(store, piece, start)
             if store.plan.uncovered:
                 rows = torch.cat(list(maker.blocks(piece.batch, n, n * store.height)))
                 sizes = [self.shapes[name].numel() for name in store.plan.uncovered]
@@ -133,41 +177,57 @@ class Builder:
                 return wrong
         return set()
 
-    def _factors(self, store: Store, piece: _Piece, start: int, *, first_piece: bool) -> None:
-        """Differentiate the outputs of one piece by the outputs of its sites."""
-        tracing, n, height = piece.tracing, piece.tracing.examples, store.height
-
-        if not tracing.sites:
-            return
-        some = next(iter(self.weights.values()))
-        zero = some.new_zeros(())  # expanded: nothing is stored for the probes
-        probes = [zero.expand(site.shape).requires_grad_() for site in tracing.sites]
+    def _recorded(self, batch: Any, examples: int, tracing: Tracing) -> tuple[Tensor, list[Tensor], Recorder]:
+        """The outputs with their graph, the probes and the activations of some examples."""
+        probes: list[Tensor] = []
         with (
             torch.enable_grad(),
             disable_saved_tensors_hooks(HOOKS),
-            Recorder(self.names, n, probes, tracing.overwritten) as seen,
+            Recorder(self.names, examples, probes, tracing.overwritten) as seen,
         ):
-            z = self.function.on(piece.batch)(self.weights)
+            z = self.function.on(batch)(self.weights)
+        own = Tracing(tuple(seen.sites), seen.overwritten(), examples, frozenset(seen.outside))
+        if own.signature != tracing.signature or own.overwritten != tracing.overwritten:
+            raise _UnlikeError("they call other functions of the weights")
+        return z, probes, seen
+
+    def _layouts(self, piece: _Piece) -> list[bool | None]:
+        """For every site, how the examples lie in its output (see `slow_index`)."""
+        n = piece.examples if piece.few is piece.batch else FEW
+        z, probes, seen = self._recorded(piece.few, n, piece.tracing)
+        u = torch.zeros_like(z, requires_grad=False).view(n, -1)
+        ramp = torch.linspace(-1.0, 1.3, u.shape[1], dtype=z.dtype, device=z.device)
+        ends = [torch.tensor([i], device=z.device) for i in (0, n - 1)]
+        first, last = (_pull(z, probes, u.index_fill(0, end, 1.0).mul(ramp).flatten()) for end in ends)
+        return [slow_index(site, a, b, n) for site, a, b in zip(seen.sites, first, last, strict=True)]
+
+    def _factors(self, store: Store, piece: _Piece, start: int) -> None:
+        """Differentiate the outputs of one piece by the outputs of its sites."""
+        n, height = piece.examples, store.height
+        if not piece.tracing.sites:
+            if self.quick and piece.few is not piece.batch:
+                raise _UnlikeError("no function of the weights is known")
+            return
+        z, probes, seen = self._recorded(piece.batch, n, piece.tracing)
+        self.outputs.setdefault(piece.origin, {})[start] = z.detach()
         inputs = [x.detach() for x in seen.inputs]
-        if first_piece:
-            store.decide(_majors(tracing, z, probes))
         step = max(1, min(height, int(self.max_bytes / 8 // (sum(p.nbytes for p in probes) + 1))))
         for first in range(0, height, step):
             count = min(step, height - first)
             u = z.new_zeros(count, n, height)
             u[torch.arange(count), :, torch.arange(first, first + count)] = 1.0
             gradients = _pulled(z, probes, u.flatten(1))
-            for place, site in enumerate(tracing.sites):
+            for place, site in enumerate(seen.sites):
                 if store.majors[place] is not None:
                     store.put(place, site, gradients[place], inputs, n, start, first)
 
     def _disagreeing(self, store: Store, piece: _Piece, start: int) -> set[str]:
         """Parameters whose part of R^T u differs from the pullback's, for one u on the first piece."""
-        z, pull = pull_back(self.function.on(piece.batch), self.weights)
+        z, pull = pull_back(self.function.on(piece.few), self.weights)
         u = torch.linspace(-1.0, 1.3, z.numel(), dtype=z.dtype, device=z.device).cos()
         expected = pull(u)[0]
         found = torch.zeros(1, self.space.dim, dtype=self.dtype, device=z.device)
-        store.segment(piece.tracing.examples, start).adjoint(u[None].to(self.dtype), found)
+        store.segment(len(u) // store.height, start).adjoint(u[None].to(self.dtype), found)
         coarse = 8 * max(torch.finfo(t.dtype).eps for t in self.weights.values())
         scale = max(float(expected[name].norm()) for name in self.shapes)
         wrong = set()
@@ -177,18 +237,11 @@ class Builder:
                 float(want.norm()) + 1e-2 * scale
             ):
                 wrong.add(name)
+        if wrong and piece.few is not piece.batch:
+            raise _UnlikeError(f"rows of {', '.join(wrong)} differ")
         if wrong & set(store.plan.uncovered):
             raise ValueError("engine: the rows of this model belong to no single example; use engine='autodiff'")
         return wrong
-
-
-def _majors(tracing: Tracing, z: Tensor, probes: Sequence[Tensor]) -> list[bool | None]:
-    """For every site, how the examples lie in its output (see `slow_index`)."""
-    u = torch.zeros_like(z, requires_grad=False).view(tracing.examples, -1)
-    ramp = torch.linspace(-1.0, 1.3, u.shape[1], dtype=z.dtype, device=z.device)
-    ends = [torch.tensor([i], device=z.device) for i in (0, len(u) - 1)]
-    first, last = (_pull(z, probes, u.index_fill(0, end, 1.0).mul(ramp).flatten()) for end in ends)
-    return [slow_index(site, a, b, tracing.examples) for site, a, b in zip(tracing.sites, first, last, strict=True)]
 
 
 def _pull(z: Tensor, probes: Sequence[Tensor], u: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,7 +95,8 @@ class Recorder(TorchFunctionMode):
     Args:
         names: Parameter names by `id` of the tensors in use.
         examples: n; look-ups that all examples share are repeated for each.
-        probes: Tensors to add to the outputs of the sites, in order; their gradients are the second factors.
+        probes: A list of tensors to add to the outputs of the sites, in order; their gradients are the second factors.
+            Those that are missing are made, and put there; None for no probes.
         copies: Which activations to copy, since the model overwrites them later (`overwritten` of an earlier run).
 
     Attributes:
@@ -108,7 +109,7 @@ class Recorder(TorchFunctionMode):
         self,
         names: Mapping[int, str],
         examples: int,
-        probes: Sequence[Tensor] | None = None,
+        probes: list[Tensor] | None = None,
         copies: Collection[int] = (),
     ) -> None:
         super().__init__()
@@ -139,7 +140,11 @@ class Recorder(TorchFunctionMode):
             out = out.expand(self.examples, *out.shape[1:]).contiguous()
             found = [(x.expand(self.examples, *x.shape[1:]), term) for x, term in found]
         self.sites.append(Site(tuple(self._kept(x, term) for x, term in found), tuple(out.shape), trail))
-        return out if self.probes is None else out + self.probes[len(self.sites) - 1].to(out.dtype)
+        if self.probes is None:
+            return out
+        if len(self.probes) < len(self.sites):  # expanded: nothing is stored for it
+            self.probes.append(out.new_zeros(()).detach().expand(out.shape).requires_grad_())
+        return out + self.probes[len(self.sites) - 1].to(out.dtype)
 
     def _read(self, func: Callable, out: Any, args: tuple, kwargs: Any) -> Read:
         """The terms that a function's output has, if its leading axes hold examples and positions."""
