@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+import fipgeo
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the benchmarks are no package that is installed
@@ -123,8 +126,9 @@ def test_distillation_is_its_definition(cached: bool, monkeypatch: pytest.Monkey
     plain, taps = Distillation(given), Distillation(given, taps=True)
     gap = (f - f.mean(1, keepdim=True) - f0 + f0.mean(1, keepdim=True)).square().sum(1).mean()
     assert torch.allclose(plain(student, which), gap / plain.scale)
-    assert float(plain(given.model, which)) < 1e-20 and float(taps(given.model, which)) < 1e-20
-    assert taps.names == given_blocks(given.model) and float(taps(student, which)) > float(plain(student, which))
+    assert max(plain(given.model, which).item(), taps(given.model, which).item()) < 1e-20
+    assert taps.names == given_blocks(given.model)
+    assert taps(student, which).item() > 1.01 * plain(student, which).item()
 
 
 def given_blocks(model: nn.Module) -> list[str]:
@@ -228,7 +232,9 @@ def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     y = tiny()(images(40)).argmax(1)
     monkeypatch.setattr(sparsify, "load", lambda _name, count: (tiny(), images(count), images(40), y))
     monkeypatch.setattr(sparsify, "held_out", lambda _name: images(40))
-    return ["--models", "net", "--inputs", "24", "--folder", str(tmp_path), "--corrector", "first-order"]
+    quick = partial(fipgeo.sparsify, corrector=fipgeo.FirstOrder(steps=2, final_steps=3))
+    monkeypatch.setattr(sparsify.fipgeo, "sparsify", quick)
+    return ["--models", "net", "--inputs", "24", "--folder", str(tmp_path)]
 
 
 def test_the_grid_measures_what_is_missing_and_nothing_twice(grid: list[str], tmp_path: Path, capsys) -> None:
@@ -275,13 +281,13 @@ def test_rates_are_the_best_that_were_measured(grid: list[str], tmp_path: Path) 
 
 def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from benchmarks.records import write\n" + (
-        "for i in range(15):\n"
+        "for i in range(8):\n"
         " write('many', [dict(case=f'{sys.argv[1]}{i}', method='m', figure='f', seed=0)], Path(sys.argv[2]))"
     )
     commands = [[sys.executable, "-c", code, name, str(tmp_path)] for name in "ab"]
     running = [subprocess.Popen(command, cwd=ROOT) for command in commands]
     assert [process.wait() for process in running] == [0, 0]
-    assert len(records.read("many", tmp_path)) == 30 and [p.name for p in tmp_path.iterdir()] == ["many.json"]
+    assert len(records.read("many", tmp_path)) == 16 and [p.name for p in tmp_path.iterdir()] == ["many.json"]
 
 
 def assert_page_is_the_file(path: Path) -> None:
@@ -307,7 +313,6 @@ def test_the_pages_show_what_the_file_holds_and_nothing_else(name: str, made: An
     assert capsys.readouterr().out == made(file) + "\n"
     assert "|" not in page.replace(block, "")
     assert made(tmp_path / "sparsify.json") == curves.MISSING
-    assert_page_is_the_file(file)
 
 
 def test_every_method_has_a_style_of_its_own() -> None:
