@@ -67,8 +67,9 @@ def dual_solved(
         missed = ((q @ dual.to(high)) * q).sum(-1).clamp(min=0)
         before, size = size, ratio((scale**2 * missed + floor.square()).sqrt(), system.lengths)
         if bool((size <= rtol).all()):
-            return system.solution(x, size, system.judged(Outcome.CONVERGED, x, rtol, 0.0), step)
-        if not bool((size < 0.5 * before).all()):
+            norm = float(ratio(system.lengths, norms(x)).max())  # |A x| is |b| by now
+            return system.solution(x, size, system.judged(Outcome.CONVERGED, x, rtol, norm), step)
+        if not bool(((size <= rtol) | (size < 0.5 * before)).all()):
             return None
         if step < refine:
             d = inverted(q)

@@ -39,6 +39,43 @@ def test_float32_keeps_its_digits_at_small_damping_by_refinement() -> None:
         assert float(single.residual) < 3 * reached
 
 
+@given(seed=st.integers(0, 2**20))
+def test_further_solves_take_three_products_and_tell_their_residuals(seed: int) -> None:
+    a, b = draw(seed, 6, 40), draw(seed + 1, 3, 40)
+    counting = Counting(Dense(a))
+    factor = DualFactor(counting, scale=0.5)
+    assert factor.solve(b, 0.1).ok
+    for damping in (0.1, 1.0):
+        before = counting.vectors
+        found = factor.solve(2 * b, damping)
+        assert found.ok and found.num_products == counting.vectors - before == 3 * 3
+        matrix = 0.5 * a.T @ a + damping * torch.eye(40)
+        assert torch.allclose(found.value, torch.linalg.solve(matrix, 2 * b.T).T, rtol=1e-6, atol=1e-9)
+    paths = factor.solve(b, [0.1, 1.0])
+    assert paths.ok and torch.allclose(2 * paths.value[1], found.value, rtol=1e-6, atol=1e-9)
+
+
+def test_the_residual_of_further_solves_is_that_of_the_vector_in_float32() -> None:
+    a, b = root_with(0, torch.logspace(0, -3, 50), 50, 2000).float(), draw(1, 3, 2000).float()
+    factor = DualFactor(Dense(a))
+    assert factor.solve(b, 1e-2, rtol=1e-5).ok
+    for damping, rtol in ((1e-2, 1e-4), (1e-3, 1e-5), (1e-4, 1e-4)):
+        found = factor.solve(b, damping, rtol=rtol)
+        left = b.double() - found.value.double() @ a.double().T @ a.double() - damping * found.value.double()
+        true = left.norm(dim=-1) / b.norm(dim=-1)
+        assert found.ok and torch.allclose(found.residual, true, rtol=0.5, atol=3e-7)
+
+
+def test_a_wrong_gram_is_never_trusted() -> None:
+    a, b = draw(0, 5, 30), draw(1, 30)
+    for wrong in (torch.zeros(5, 5), 2 * a @ a.T, torch.eye(5)):
+        factor = DualFactor(Dense(a), gram=wrong)
+        for _ in range(3):
+            found = factor.solve(b, 0.1, refine=1)
+            true = (b - a.T @ (a @ found.value) - 0.1 * found.value).norm() / b.norm()
+            assert float(found.residual) == pytest.approx(float(true), rel=1e-6) and found.ok == (true <= 1e-6)
+
+
 def test_refinement_never_makes_it_worse_and_says_when_it_stops() -> None:
     a = root_with(0, torch.logspace(0, -3, 50), 50, 2000).float()
     b = draw(1, 4, 2000).float()
