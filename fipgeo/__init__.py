@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fipgeo import basis, linalg, outputs
+from fipgeo import basis, linalg, outputs, shrink
 from fipgeo.data import as_batches
 from fipgeo.field import MetricField, metric
 from fipgeo.jacobian import Sketched, sketch_error, sketch_trace
@@ -32,7 +32,7 @@ from fipgeo.paths import (
     sparsify,
     walk,
 )
-from fipgeo.shrink import as_masks, channel_groups, shrink, to_dense_, to_prune_
+from fipgeo.shrink import as_masks, channel_groups, to_dense_, to_prune_
 from fipgeo.space import WeightSpace
 
 if TYPE_CHECKING:

@@ -35,12 +35,14 @@ class Units:
     reasons: dict[int, str] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     _parents: list[int] = field(default_factory=lambda: [0])
+    _table: Tensor | None = None  # what every label stands under, made when asked for
     _whole: dict[str, str] = field(default_factory=dict)  # tensors that have to stay as they are, and why
 
     def fresh(self, count: int) -> Tensor:
         """New labels `[count]`."""
         first = len(self._parents)
         self._parents.extend(range(first, first + count))
+        self._table = None
         return torch.arange(first, first + count)
 
     def find(self, label: int) -> int:
@@ -52,16 +54,18 @@ class Units:
 
     def roots(self, labels: Tensor) -> Tensor:
         """Labels with every unit under the one label that stands for it."""
-        table = torch.tensor([FIXED, *map(self.find, range(len(self._parents)))])
-        return table[labels + 1]
+        if self._table is None:
+            self._table = torch.tensor([FIXED, *map(self.find, range(len(self._parents)))])
+        return self._table[labels + 1]
 
     def join(self, a: Tensor, b: Tensor, reason: str) -> Tensor:
         """Make two arrangements of labels (of one shape) the same; returns it.
 
         A unit that meets a fixed entry has to stay, for the reason given; one that meets padding is unharmed.
         """
-        pairs = torch.unique(torch.stack([a.flatten(), b.flatten()], 1), dim=0).tolist()
-        for x, y in pairs:
+        many = len(self._parents) + 1
+        for code in torch.unique((a.flatten() + 1) * many + b.flatten() + 1).tolist():
+            x, y = code // many - 1, code % many - 1
             if x > 0 and y > 0:
                 self._unite(x, y)
             elif FIXED in (x, y) and max(x, y) > 0:
@@ -113,6 +117,6 @@ class Units:
     def _unite(self, x: int, y: int) -> None:
         low, high = sorted((self.find(x), self.find(y)))
         if low != high:
-            self._parents[high] = low
+            self._parents[high], self._table = low, None
             if high in self.reasons:
                 self.reasons.setdefault(low, self.reasons[high])
