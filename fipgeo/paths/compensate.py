@@ -50,6 +50,8 @@ class Compensation:
         rtol: Where damping is 0, eigenvalues of R_F R_F^T up to `rtol` times the largest count as zero; None for the
             rounding of the rows, 10 sqrt(N M) eps. Without a factored Gram matrix there is no such cut, and
             `max_iters` steps of LSMR regularise instead.
+        preconditioner: About (g_FF + mu)^{-1} times a constant, on stacks `[k, D]`, for conjugate gradients; None for
+            none.
         max_iters: Iterations where the Gram matrix is too large to factor.
         max_bytes: Most memory for rows of R.
 
@@ -70,15 +72,16 @@ class Compensation:
         *,
         damping: float | None,
         rtol: float | None = None,
+        preconditioner: Callable[[Tensor], Tensor] | None = None,
         max_iters: int = 30,
         max_bytes: int = 2**30,
     ) -> None:
         self.root = JacobianRoot(kept.at(position), position.theta, max_bytes=max_bytes, survey=kept.survey)
         self.kept, self.num_examples, self.max_iters = kept, kept.num_examples, max_iters
         self.rtol = 10 * self.root.shape[0] ** 0.5 * torch.finfo(self.root.dtype).eps if rtol is None else rtol
-        self.cost = 2.0 * kept.survey.num_rows
-        self.free = free
+        self.free, self.preconditioner = free, preconditioner
         using = self.root.materialise() or self.root.prepare()
+        self.cost = 2.0 * kept.survey.num_rows if isinstance(using, Dense) else 16.0 * kept.num_examples
         mask = free.to(position.theta.dtype)
         self.masked: LinearOperator = using @ Diagonal(mask)
         self.gram: Tensor | None = None
@@ -218,7 +221,9 @@ class Compensation:
         """Moves under several dampings from one Krylov space."""
         rhs = self.masked.adjoint(r) / self.num_examples
         g = Gram(self.masked, 1 / self.num_examples)
-        return list(-cg(g, rhs, damping=mu, rtol=1e-3, max_iters=self.max_iters).value)
+        return list(
+            -cg(g, rhs, damping=mu, rtol=1e-3, max_iters=self.max_iters, preconditioner=self.preconditioner).value
+        )
 
     def _move(self, r: Tensor, mu: float) -> Tensor:
         if mu == math.inf:

@@ -99,7 +99,7 @@ class Kept:
     reference: Sequence[Tensor]
     start: Tensor
     live: Sequence[Tensor] | None = None
-    _tapped: dict[Any, Kept] = field(default_factory=dict, repr=False)
+    _tapped: dict[Any, Kept] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(

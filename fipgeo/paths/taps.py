@@ -221,7 +221,7 @@ def _located(function: EmbeddedOutputs, theta: Tensor, names: list[str]) -> list
     first = function.batches.first()
     model, weights = function.map, function.map.named(theta)
     with model.frozen():
-        few = function.few(weights, head(first, FEW) if first is not None else first)
+        few = function.few(weights, head(first, FEW))
         names = [name for name in names if model.tapped(weights, function.inputs(first), [name])[1]]
         outputs, hidden = model.tapped(weights, function.inputs(first), names)
         fewer, short = model.tapped(weights, function.inputs(few), names)

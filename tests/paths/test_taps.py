@@ -1,4 +1,4 @@
-"""Hidden outputs beside the outputs: their distance by hand, their Jacobian by autograd, what is left out and masked."""
+"""Hidden outputs beside the outputs: distances by hand, Jacobians by autograd, what is left out and masked."""
 
 from dataclasses import replace
 

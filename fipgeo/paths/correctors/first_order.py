@@ -11,6 +11,7 @@ from torch import Tensor
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.correctors.base import Correction, Corrector, State
 from fipgeo.paths.kept import Kept, Part, Position, Recomputed
+from fipgeo.paths.precondition import LayerPreconditioner
 from fipgeo.paths.taps import Taps
 
 
@@ -28,13 +29,15 @@ class FirstOrder(Corrector):
         steps: Minibatches in one correction.
         final_steps: The same in the last one.
         batch_size: Protected inputs in a minibatch.
-        lr: Learning rate; None for 1e-3 with Adam and 0.05 with SGD.
+        lr: Learning rate; None for 1e-3 with Adam and 0.05 with the others.
         taps: Hidden outputs that are protected too: names of modules, "blocks", "layers" or None.
         tap_weight: Weight of the taps beside the outputs.
-        optimizer: "adam" (Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015) or "sgd" (heavy ball, 0.9).
+        optimizer: "adam" (Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015), "sgd" (heavy ball, 0.9), or
+            "natural": "sgd" on gradients that were multiplied by the inverse of the metric's block diagonal, made anew
+            at the start of every correction (see `LayerPreconditioner`).
 
     Raises:
-        ValueError: The optimizer is neither. When correcting: a tap names no module of the model.
+        ValueError: The optimizer is none of these. When correcting: a tap names no module of the model.
     """
 
     steps: int = 30
@@ -71,9 +74,14 @@ class FirstOrder(Corrector):
         if state:
             optimizer.state[theta] = {k: v.clone() * free if k in MOVING else v.clone() for k, v in state.items()}
         evaluations, cost = 4.0 if isinstance(target.reference, Recomputed) else 3.0, 0.0
+        inverse: LayerPreconditioner | None = None
+        if self.optimizer == "natural":
+            inverse = LayerPreconditioner(_some(target, LOOKED_AT, generator), position, free, generator)
+            cost += inverse.cost
         for t in range(steps):
             part = target.draw(self.batch_size, generator)
             theta.grad = gradient(target, replace(position, theta=theta), part) * free
+            theta.grad = theta.grad if inverse is None else inverse(theta.grad) / 2
             optimizer.param_groups[0]["lr"] = rate * (0.5 * (1 + math.cos(math.pi * t / steps)) if final else 1.0)
             optimizer.step()
             cost += evaluations * len(part.reference)
@@ -84,16 +92,25 @@ class FirstOrder(Corrector):
         return Correction(position, dict(optimizer.state[theta]), cost)
 
     def _optimizer(self, theta: Tensor, rate: float) -> torch.optim.Optimizer:
-        if self.optimizer == "sgd":
+        if self.optimizer != "adam":
             return torch.optim.SGD([theta], lr=rate, momentum=0.9)
         return torch.optim.Adam([theta], lr=rate)
 
 
-RATES = {"adam": 1e-3, "sgd": 0.05}
+RATES = {"adam": 1e-3, "sgd": 0.05, "natural": 0.05}
 """Optimizers, with their learning rates."""
 
 MOVING = ("exp_avg", "momentum_buffer")
 """What of an optimizer's state would move weights that have just been frozen."""
+
+
+LOOKED_AT = 256
+"""Protected inputs of which the block diagonal of the metric is made."""
+
+
+def _some(kept: Kept, count: int, generator: torch.Generator) -> Kept:
+    """About so many of the protected inputs at random."""
+    return kept.subset(count * max(width for _, width in kept.shapes), generator)
 
 
 def gradient(kept: Kept, position: Position, part: Part, *, batch_statistics: bool = True) -> Tensor:
