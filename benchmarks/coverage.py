@@ -102,8 +102,8 @@ def kept(population: Population, path: fipgeo.PathResult, size: int, rule: str, 
 def run(name: str, levels: tuple[float, ...], sizes: Sequence[int], seed: int, corrector: str) -> list[dict[str, Any]]:
     """All records of one network."""
     model, inputs, x_test, _ = load(name, 1000)
-    options: dict[str, Any] = {"corrector": corrector, "held_out": 0.1, "generator": seed, "store": "all"}
-    path = fipgeo.sparsify(model, inputs, levels, **options)
+    options: dict[str, Any] = {"corrector": corrector, "held_out": 0.1, "generator": seed, "sparsity": levels}
+    path = fipgeo.sparsify(model, inputs, **options)
     print(path, flush=True)
     points = [outputs(p.apply_(copy.deepcopy(model)), x_test) for p in path[1:]]
     population = Population(outputs(model, x_test), points)

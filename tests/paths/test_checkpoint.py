@@ -173,14 +173,19 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_the_checkpoint_of_another_path_is_refused(what: str, tmp_path: Path) -> None:
     file = tmp_path / "path.safetensors"
     given: dict[str, Any] = {"model": mlp(0), "x": inputs(1, 40), "target": 0.3, "checkpoint": file}
-    sparse_path(**given)
+
+    def walked(other: dict[str, Any]) -> PathResult:
+        every: dict[str, Any] = given | other
+        return sparse_path(**every)
+
+    walked({})
     before = file.read_bytes()
     with pytest.raises(ValueError, match=rf"checkpoint: .* holds another path \(other .*{what}.*; name another file"):
-        sparse_path(**(given | OTHERS[what]))
+        walked(OTHERS[what])
     with pytest.raises(ValueError, match="resume: the path's last point measured"):
-        sparse_path(**(given | {"x": inputs(9, 40)}))
+        walked({"x": inputs(9, 40)})
     with pytest.raises(ValueError, match="tensors that differ|holds another path"):
-        sparse_path(**(given | {"model": mlp(0, hidden=9)}))
+        walked({"model": mlp(0, hidden=9)})
     assert file.read_bytes() == before
 
 
@@ -190,7 +195,8 @@ def test_more_steps_and_a_larger_budget_go_on_from_a_checkpoint(tmp_path: Path) 
     first = sparse_path(**given, options={"budget": 0.25})
     more = sparse_path(**given, options={"budget": 5.0, "max_steps": 300})
     assert first.outcome == "budget" and more.outcome == "reached" and list(more)[: len(first)] == list(first)
-    further = sparse_path(**(given | {"target": 0.95}), options={"budget": 5.0}, resume=more)  # said, so allowed
+    given |= {"target": 0.95, "options": {"budget": 5.0}, "resume": more}  # said, so allowed
+    further = sparse_path(**given)
     assert further[-1].sparsity > more[-1].sparsity and len(PathResult.load(file)) == len(further)
 
 
