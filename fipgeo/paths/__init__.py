@@ -7,29 +7,54 @@ from fipgeo.paths.correctors import Correction, Corrector, FirstOrder, GaussNewt
 from fipgeo.paths.driver import Method, walk
 from fipgeo.paths.fronts import SaturationWarning, adapt, sparsify
 from fipgeo.paths.kept import Kept, Position
-from fipgeo.paths.objectives import NewTask, Objective, Proposal, Sparsity
+from fipgeo.paths.objectives import (
+    Blocks,
+    Columns,
+    Groups,
+    NewTask,
+    NoCorrection,
+    NofM,
+    Objective,
+    Pattern,
+    Proposal,
+    Replay,
+    Rows,
+    Score,
+    Sparsity,
+    Unstructured,
+)
 from fipgeo.paths.record import Leg, PathPoint, PathResult
 from fipgeo.paths.verdict import Verdict, changed_upper_bound
 
 __all__ = [
+    "Blocks",
     "Certificate",
+    "Columns",
     "Compensation",
     "Correction",
     "Corrector",
     "FirstOrder",
     "GaussNewton",
+    "Groups",
     "Kept",
     "Leg",
     "Method",
     "NewTask",
+    "NoCorrection",
+    "NofM",
     "Objective",
     "PathPoint",
+    "Pattern",
     "PathResult",
     "Position",
     "Proposal",
+    "Replay",
+    "Rows",
     "SaturationWarning",
+    "Score",
     "Sparsity",
     "StepControl",
+    "Unstructured",
     "Verdict",
     "adapt",
     "changed_upper_bound",

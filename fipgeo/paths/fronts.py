@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +19,13 @@ from fipgeo.outputs import Geometry
 from fipgeo.paths.control import StepControl
 from fipgeo.paths.correctors import Corrector, FirstOrder, GaussNewton
 from fipgeo.paths.driver import Callback, Method, walk
-from fipgeo.paths.objectives import Sparsity
+from fipgeo.paths.objectives import Pattern, Score, Sparsity, Unstructured
+from fipgeo.paths.objectives.allocation import Allocation
 from fipgeo.paths.objectives.new_task import LossFn, NewTask, count_batches
 from fipgeo.paths.record import PathResult
 from fipgeo.space import Where
+
+UNSTRUCTURED = Unstructured()
 
 EXACT = StepControl(initial=0.2, smallest=0.05, largest=0.4, tolerance=0.03)
 """Step sizes where every correction is nearly complete, so that drift tells how far a step was."""
@@ -37,15 +41,17 @@ class SaturationWarning(UserWarning):
 def sparsify(
     model: nn.Module,
     inputs: Any,
-    sparsity: float = 0.9,
+    sparsity: float | tuple[float, ...] | None = 0.9,
     *,
     geometry: str | Geometry = "logits",
     params: Where = None,
     exclude: Where = None,
+    pattern: Pattern = UNSTRUCTURED,
+    allocation: Allocation = "global",
     held_out: Any = 0.2,
     budget: float | None = None,
     corrector: str | Corrector = "auto",
-    score: str = "auto",
+    score: str | Score = "auto",
     max_steps: int = 200,
     store: str = "all",
     batch_size: int | None = None,
@@ -56,6 +62,8 @@ def sparsify(
     progress: bool = False,
     callback: Callback | None = None,
     resume: PathResult | None = None,
+    after: PathResult | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> PathResult:
     """Walk to a sparse network that computes the same function; no labels are needed.
 
@@ -65,16 +73,20 @@ def sparsify(
     Args:
         model: Any module; not changed. Write a point of the result into it with `path.best(...).apply_(model)`.
         inputs: Inputs whose outputs are to stay: tensor, list of batches or loader.
-        sparsity: Share of zeros to reach among the counted weights, in [0, 1).
+        sparsity: Share of zeros to reach among the counted weights, in [0, 1); several, increasing, are waypoints, at
+            each of which the corrector does its full work (`path.at(objective=0.8)` picks one); None for a pattern
+            that has a share of its own (`NofM`).
         geometry: How outputs are compared (see `MetricField`).
         params: Which parameters may move (None: all that require a gradient).
         exclude: Which tensors stay dense (globs or a predicate), besides biases and normalisation scales and shifts.
-        held_out: Inputs for the verdict, or the share of `inputs` to set apart for it.
-        budget: Largest drift allowed (see `PathPoint.drift`); None walks to the target whatever it costs.
+        pattern: Which weights become zero together: single ones, `NofM(2, 4)`, `Blocks`, `Rows`, `Columns`, `Groups`.
+        allocation: How zeros are shared out between tensors (see `Sparsity`).
+        held_out: Inputs for the verdict, or the share of `inputs` to set apart for it. They decide nothing.
+        budget: Largest drift allowed (see `Method`); None walks to the target whatever it costs.
         corrector: "gauss-newton", "first-order", a `Corrector`, or "auto": Gauss-Newton for small models without
             BatchNorm.
-        score: What decides which weights become zero: "metric", "lamp", "magnitude" (see `Sparsity.scores`), or "auto":
-            the metric with Gauss-Newton, lamp with the first-order corrector (see the results page of the docs).
+        score: What decides which weights become zero: "metric", "lamp", "local", "obs", "magnitude", a `Score`, or
+            "auto": the metric with Gauss-Newton, lamp with the first-order corrector (see the docs, Sparsity).
         max_steps: Accepted steps at most.
         store: "all" or "last": which points keep their weights.
         batch_size: Examples in a batch when data are tensors (default 256).
@@ -84,8 +96,10 @@ def sparsify(
             if the prediction at any of these positions is.
         generator: Source of all randomness; None for a fixed seed.
         progress: Show a bar.
-        callback: Called with the numbers of every accepted point.
+        callback: Called with the numbers of every accepted point; the walk stops if it returns True.
         resume: A path to continue.
+        after: A path with another objective to go on from (see `walk`).
+        checkpoint: A file that holds the path after every step; if it is there, it is resumed.
 
     Returns:
         The path; its last point has exactly the asked number of zeros if `outcome` is "reached".
@@ -101,13 +115,16 @@ def sparsify(
         >>> path.outcome, path[-1].sparsity
         ('reached', 0.5)
     """
-    Sparsity(sparsity, exclude)  # a wrong target is said before the model is looked at
+    Sparsity(
+        sparsity, exclude, pattern=pattern, allocation=allocation
+    )  # wrong targets are said before the model is looked at
     data = _batches(inputs, batch_size, "inputs")
     field = MetricField(model, data, geometry, params, forward_fn=forward_fn, output_fn=output_fn, mask=mask)
     _look(field)
     chosen = _corrector(corrector, field)
     exact = isinstance(chosen, GaussNewton)
-    objective = Sparsity(sparsity, exclude, score=("metric" if exact else "lamp") if score == "auto" else score)
+    score = ("metric" if exact else "lamp") if score == "auto" else score
+    objective = Sparsity(sparsity, exclude, score, pattern, allocation)
     method = Method(
         control=EXACT if exact else ROUGH,
         corrector=chosen,
@@ -125,6 +142,8 @@ def sparsify(
         progress=progress,
         callback=callback,
         resume=resume,
+        after=after,
+        checkpoint=checkpoint,
     )
 
 
@@ -153,6 +172,8 @@ def adapt(
     progress: bool = False,
     callback: Callback | None = None,
     resume: PathResult | None = None,
+    after: PathResult | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> PathResult:
     """Teach a network new data while its outputs on old inputs stay; no old labels are needed.
 
@@ -183,8 +204,10 @@ def adapt(
             ones itself.
         generator: Source of all randomness; None for a fixed seed.
         progress: Show a bar.
-        callback: Called with the numbers of every accepted point.
+        callback: Called with the numbers of every accepted point; the walk stops if it returns True.
         resume: A path to continue.
+        after: A path with another objective to go on from (see `walk`).
+        checkpoint: A file that holds the path after every step; if it is there, it is resumed.
 
     Returns:
         The path.
@@ -216,6 +239,8 @@ def adapt(
         progress=progress,
         callback=callback,
         resume=resume,
+        after=after,
+        checkpoint=checkpoint,
     )
 
 

@@ -3,6 +3,7 @@
 from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, weight_mask
 from fipgeo.paths.objectives.new_task import NewTask
 from fipgeo.paths.objectives.patterns import Blocks, Columns, Groups, NofM, Pattern, Rows, Unstructured
+from fipgeo.paths.objectives.replay import NoCorrection, Replay
 from fipgeo.paths.objectives.scores import (
     SCORES,
     Lamp,
@@ -27,11 +28,13 @@ __all__ = [
     "Magnitude",
     "MetricScore",
     "NewTask",
+    "NoCorrection",
     "NofM",
     "Objective",
     "Pattern",
     "Predictor",
     "Proposal",
+    "Replay",
     "Rows",
     "Score",
     "Sparsity",
