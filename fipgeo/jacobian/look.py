@@ -69,8 +69,7 @@ def look(function: EmbeddedOutputs, theta: Tensor) -> Look:
         except Exception as error:  # whatever it says, the survey says it better
             log.info("the model is looked at in several evaluations: %s", error)
             graph = None
-        else:
-            outputs = function.map.checked(tuple(f.detach() for f in seen[0]))
+        outputs = () if graph is None else function.map.checked(tuple(f.detach() for f in seen[0]))
     if graph is None:
         return Look(function.survey(theta), None)
     survey = function.counted(theta, first, outputs)

@@ -59,7 +59,7 @@ def test_the_residual_of_further_solves_is_that_of_the_vector_in_float32() -> No
     a, b = root_with(0, torch.logspace(0, -3, 50), 50, 2000).float(), draw(1, 3, 2000).float()
     factor = DualFactor(Dense(a))
     assert factor.solve(b, 1e-2, rtol=1e-5).ok
-    for damping, rtol in ((1e-2, 1e-4), (1e-3, 1e-5), (1e-4, 1e-4)):
+    for damping, rtol in ((1e-2, 1e-4), (1e-3, 1e-5)):
         found = factor.solve(b, damping, rtol=rtol)
         left = b.double() - found.value.double() @ a.double().T @ a.double() - damping * found.value.double()
         true = left.norm(dim=-1) / b.norm(dim=-1)
