@@ -53,7 +53,7 @@ class LayerLocal(Corrector):
     sweeps: int = 1
     final_sweeps: int = 1
     damping: float = 1e-2
-    positions: int | None = 64
+    positions: int | None = 16
     sequential: bool = True
     max_bytes: int = MAX_BYTES
 
