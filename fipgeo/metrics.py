@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fipgeo.data import Generator, as_batches, as_generator
 from fipgeo.jacobian import MAX_BYTES, JacobianRoot, column_squares, inner_products
-from fipgeo.jacobian.routes import ITERATIONS, SKETCH, SMALL, cheapest_solver, cheapest_spectrum, searched
+from fipgeo.jacobian.routes import ITERATIONS, SKETCH, SMALL, cheapest_solver, cheapest_spectrum, few_digits, searched
 from fipgeo.linalg import (
     Dense,
     Density,
@@ -40,9 +40,6 @@ from fipgeo.linalg import (
 from fipgeo.linalg import diagonal as estimate_diagonal
 from fipgeo.linalg import trace as estimate_trace
 from fipgeo.space import Where
-
-SINGLE = 1e-5
-"""From this residual on, relative to the largest eigenvalue, a dual matrix of seven digits will do."""
 
 METHODS = ("auto", "dual", "dense", "cg", "nystrom")
 """Ways to solve."""
@@ -193,11 +190,12 @@ class Metric:
             )
         if method not in ("auto", "dual", "dense", "lanczos"):
             raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'lanczos'")
-        single = k is not None and rtol is not None and rtol >= SINGLE
         if method == "auto":
-            method = self._route(cheapest_spectrum, k, single)
+            method = self._route(cheapest_spectrum, k, rtol)
         if method == "dual":
-            found = self._dual_pairs(k, rtol, single)
+            found = None if self._gram is not None else few_digits(self.root, k, rtol, 1 / self.num_examples)
+            if found is None:
+                found = dual_eigh(self.root, scale=1 / self.num_examples, k=k, gram=self._dual_gram(), rtol=rtol)
         elif method == "dense":
             self._prepare(self.dim)
             found = dense_eigh(self.operator, k)
@@ -223,13 +221,8 @@ class Metric:
         narrows the errors much where a few stand out.
         """
         self._prepare(num_probes * num_steps)
-        return lanczos_density(
-            self.operator,
-            num_probes=num_probes,
-            num_steps=num_steps,
-            deflate=deflate,
-            generator=as_generator(generator),
-        )
+        settings: dict[str, Any] = {"num_probes": num_probes, "num_steps": num_steps, "deflate": deflate}
+        return lanczos_density(self.operator, **settings, generator=as_generator(generator))
 
     def log_det(self, damping: float, *, generator: Generator = None) -> Estimate:
         """Log det(g + damping I): exact through the dual where that is cheap, else by quadrature with a standard error.
@@ -257,26 +250,18 @@ class Metric:
         squares = column_squares(self.root)
         if squares is not None:
             return Estimate(float(squares.sum()) / self.num_examples, 0.0, 0)
-        return estimate_trace(
-            self.operator, num_products=num_products, method=method, generator=as_generator(generator)
-        )
+        settings: dict[str, Any] = {"num_products": num_products, "method": method}
+        return estimate_trace(self.operator, **settings, generator=as_generator(generator))
 
     def diagonal(self, *, num_products: int = 32, method: str = "auto", generator: Generator = None) -> TensorEstimate:
-        """The diagonal of g, `[D]`: exact where R is held, else estimated with an error of every entry.
-
-        Args:
-            num_products: Products to spend on an estimate.
-            method: See `linalg.diagonal`.
-            generator: Random vectors.
-        """
+        """The diagonal of g, `[D]`: exact where R is held, else estimated; arguments as those of `trace`."""
         self._prepare(num_products)
         squares = column_squares(self.root)
         if squares is not None:
             exact = (squares / self.num_examples).to(self.root.dtype)
             return TensorEstimate(exact, torch.zeros_like(exact), 0)
-        return estimate_diagonal(
-            self.operator, num_products=num_products, method=method, generator=as_generator(generator)
-        )
+        settings: dict[str, Any] = {"num_products": num_products, "method": method}
+        return estimate_diagonal(self.operator, **settings, generator=as_generator(generator))
 
     def rank(self, tol: float | None = None) -> int:
         """Eigenvalues above tol (absolute; None for the rounding level of the largest one).
@@ -382,16 +367,6 @@ class Metric:
     def _route(self, cheapest: Callable[..., str], *what: Any) -> str:
         """The cheapest way to a solution or spectrum; the dual one once its matrix is there."""
         return "dual" if self._factor is not None or self._gram is not None else cheapest(self.root, *what)
-
-    def _dual_pairs(self, k: int | None, rtol: float | None, single: bool) -> Spectrum:
-        """Eigenpairs through K; through one of seven digits first if these may do."""
-        scale = 1 / self.num_examples
-        if single and self._gram is None and isinstance(self.root, JacobianRoot):
-            found = dual_eigh(self.root, scale=scale, k=k, gram=self.root.gram(single=True), rtol=rtol)
-            assert found.residuals is not None and rtol is not None
-            if bool((found.residuals <= rtol * found.values[0]).all()):
-                return found
-        return dual_eigh(self.root, scale=scale, k=k, gram=self._dual_gram(), rtol=rtol)
 
     def _dual_gram(self) -> Tensor:
         if self._gram is None:

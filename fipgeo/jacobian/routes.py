@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from fipgeo.jacobian.cost import WIDE
 from fipgeo.jacobian.root import JacobianRoot
-from fipgeo.linalg import LinearOperator
+from fipgeo.linalg import LinearOperator, Spectrum, dual_eigh
 
 ITERATIONS = 50
 """Iterations of conjugate gradients that an estimate expects."""
 
 SKETCH = 64
 """Rank of a randomised preconditioner."""
+
+SINGLE = 1e-5
+"""From this residual on, relative to the largest eigenvalue, a dual matrix of seven digits will do."""
 
 SMALL = 4096
 """Without estimates, matrices are factored up to this size (128 MiB in float64)."""
@@ -38,13 +41,13 @@ def cheapest_solver(root: LinearOperator, count: int, dampings: int) -> str:
     return min(ways, key=lambda way: ways[way])
 
 
-def cheapest_spectrum(root: LinearOperator, k: int | None, single: bool = False) -> str:
+def cheapest_spectrum(root: LinearOperator, k: int | None, rtol: float | None = None) -> str:
     """The cheapest of "dual", "dense" and "lanczos" for k eigenpairs, or for all that are not zero.
 
     Args:
         root: R.
         k: How many; None for all.
-        single: Whether K from products in single precision has digits enough.
+        rtol: The residual asked for; None for all digits.
     """
     rows, dim = root.shape
     if not isinstance(root, JacobianRoot):
@@ -54,10 +57,30 @@ def cheapest_spectrum(root: LinearOperator, k: int | None, single: bool = False)
     if 16 * rows**2 <= most:
         few = k is not None and 20 * k <= rows
         work = WIDE * (2 * searched(k or 0) * rows**2 if few else 9 * rows**3)
-        ways["dual"] = costs.dual((k or min(rows, dim)) / 2 + 2, most, single=single) + work
+        ways["dual"] = costs.dual((k or min(rows, dim)) / 2 + 2, most, single=_coarse(k, rtol)) + work
     if 16 * dim**2 <= most and dim < rows:
         ways["dense"] = costs.least(dim, most) + 9 * WIDE * dim**3
     return min(ways, key=lambda way: ways[way], default="lanczos")
+
+
+def few_digits(root: LinearOperator, k: int | None, rtol: float | None, scale: float) -> Spectrum | None:
+    """Eigenpairs of scale R^T R through K of seven digits; None where that is not enough, or K takes as long with all.
+
+    Args:
+        root: R.
+        k: How many; None for all.
+        rtol: The residual asked for, relative to the largest eigenvalue; None for all digits.
+        scale: 1 / N.
+    """
+    if not isinstance(root, JacobianRoot) or not _coarse(k, rtol):
+        return None
+    found = dual_eigh(root, scale=scale, k=k, gram=root.gram(single=True), rtol=rtol)
+    assert found.residuals is not None and rtol is not None
+    return found if bool((found.residuals <= rtol * found.values[0]).all()) else None
+
+
+def _coarse(k: int | None, rtol: float | None) -> bool:
+    return k is not None and rtol is not None and rtol >= SINGLE
 
 
 def _by_size(rows: int, dim: int, otherwise: str) -> str:
