@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fipgeo.jacobian.factored.factors import Block, LinearBlock, RowsBlock
 from fipgeo.jacobian.factored.segment import Segment
-from fipgeo.jacobian.gram import inner_products
+from fipgeo.jacobian.gram import block_bytes, inner_products
 
 BLOCK_BYTES = 2**28
 """Temporary rows are made in blocks of about this size."""
@@ -36,8 +36,10 @@ def gram_of_segments(segments: Sequence[Segment], *, single: bool = False) -> Te
             block = parts[0][0]
             if id(block) in beside.values():
                 continue
-            shift = isinstance(block, LinearBlock) and id(block) in beside
-            found = block.inner(1.0, single=single) if shift else block.inner(single=single)
+            if isinstance(block, LinearBlock):
+                found = block.inner(1.0 if id(block) in beside else 0.0, single=single)
+            else:
+                found = block.inner(single=single)
             if found is not None:
                 out += found
                 continue
@@ -82,11 +84,22 @@ def _by_parameter(segments: Sequence[Segment], rows: bool) -> Iterator[tuple[int
 
 
 def _row_chunks(parts: list[list[Block]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Entries, and dense rows of one parameter over all segments, for a few entries of its first axis at a time."""
+    """Entries, and dense rows of one parameter over all segments, for a few entries of its first axis at a time.
+
+    The next rows may be written over these.
+    """
     if len(parts) == 1 and len(parts[0]) == 1 and isinstance(parts[0][0], RowsBlock):
         yield parts[0][0].entries(), parts[0][0].rows()
         return
     entries = torch.unique(torch.cat([block.entries() for blocks in parts for block in blocks]))
     one = sum(blocks[0].rows(entries[:1]).nbytes for blocks in parts if blocks)
+    if len(parts) == 1 and len(parts[0]) == 1 and isinstance(parts[0][0], LinearBlock):
+        block = parts[0][0]
+        step = max(1, min(len(entries), block_bytes(entries.device) // max(one, 1)))
+        height, width = block.rows(entries[:1]).shape
+        memory = torch.empty(height * width * step, dtype=block.b.dtype, device=entries.device)
+        for index in entries.split(step):  # memory that was in use before is much faster than new memory
+            yield index, block.rows(index, memory[: height * width * len(index)].view(height, -1))
+        return
     for index in entries.split(max(1, BLOCK_BYTES // max(one, 1))):
         yield index, torch.cat([sum(block.rows(index) for block in blocks) for blocks in parts])  # type: ignore[misc]
