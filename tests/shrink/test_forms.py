@@ -1,5 +1,7 @@
 """Zeros as masks and in torch's form of pruning, and what reads models in that form."""
 
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+
 import copy
 
 import pytest
