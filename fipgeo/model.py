@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import batch_norm
 
 from fipgeo.data import preserved_rng, stir
 from fipgeo.space import ALGEBRA_DTYPES, WeightSpace, Where
@@ -205,14 +206,16 @@ class OutputMap:
 
         def note(module: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
             del module
-            x = args[0].detach().transpose(0, 1).flatten(1)
+            x = args[0].detach()
             calls[name] += 1
-            if x.shape[1] < 2:
+            if x.numel() // x.shape[1] < 2:
                 raise ValueError(
                     f"inputs: {name or 'the model'} got a batch with one value per channel, which has no variance;"
                     " BatchNorm statistics need larger batches"
                 )
-            for key, value in {"running_mean": x.mean(1), "running_var": x.var(1)}.items():
+            mean, var = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+            batch_norm(x, mean, var, training=True, momentum=1.0)  # several times faster than x.mean and x.var
+            for key, value in {"running_mean": mean, "running_var": var}.items():
                 full = f"{name}.{key}".lstrip(".")
                 old = found.get(full, torch.zeros_like(value))
                 found[full] = old + (value - old) / calls[name]

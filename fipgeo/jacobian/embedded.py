@@ -147,7 +147,7 @@ class EmbeddedOutputs:
         """
         if self.mask is None:
             return (None,) * len(outputs)
-        mask = self._mask_of(batch)
+        mask = self.mask_of(batch)
         chosen = mask != 0
         fits = [mask.dim() < f.dim() and f.shape[: mask.dim()] == mask.shape for f in outputs]
         if mask.dim() < 2 or not any(fits):
@@ -234,7 +234,12 @@ class EmbeddedOutputs:
         """Dimensions along which the rows of every example can change, `[n]`; none of them at masked positions."""
         return changeable(self.geometry, outputs, masks)
 
-    def _mask_of(self, batch: Any) -> Tensor:
+    def mask_of(self, batch: Any) -> Tensor:
+        """The mask of a batch as the user gave it, `[n, T]`.
+
+        Raises:
+            TypeError: It is no tensor.
+        """
         inputs = self.inputs(batch)
         assert self.mask is not None
         mask = _entry(inputs, self.mask) if isinstance(self.mask, str) else self.mask(inputs)
@@ -246,7 +251,7 @@ class EmbeddedOutputs:
         """Refuse masks to be added to attention scores, in which 0 counts and a large negative number does not."""
         if self.mask is None:
             return
-        mask = self._mask_of(batch)
+        mask = self.mask_of(batch)
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(
                 "mask: holds other values than 0 and 1; expected True or 1 at positions that count. A mask of the kind"

@@ -3,7 +3,7 @@
 from fipgeo.paths.certificate import Certificate
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
-from fipgeo.paths.correctors import Correction, Corrector, FirstOrder, GaussNewton
+from fipgeo.paths.correctors import Correction, Corrector, FirstOrder, GaussNewton, LayerLocal, Mixed
 from fipgeo.paths.driver import Method, walk
 from fipgeo.paths.fronts import SaturationWarning, adapt, sparsify
 from fipgeo.paths.kept import Kept, Position
@@ -37,15 +37,17 @@ __all__ = [
     "GaussNewton",
     "Groups",
     "Kept",
+    "LayerLocal",
     "Leg",
     "Method",
+    "Mixed",
     "NewTask",
     "NoCorrection",
     "NofM",
     "Objective",
     "PathPoint",
-    "Pattern",
     "PathResult",
+    "Pattern",
     "Position",
     "Proposal",
     "Replay",

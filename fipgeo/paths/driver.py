@@ -45,8 +45,8 @@ class Method:
     Attributes:
         control: Step sizes.
         corrector: What brings the outputs back.
-        damping: mu of the predictor, as a multiple of the mean non-zero eigenvalue of the metric; None to step without
-            a metric and leave everything to the corrector.
+        damping: mu of the predictor, as a multiple of the mean non-zero eigenvalue of the metric; 0 to step in its null
+            space; None or infinity to step without a metric and leave everything to the corrector.
         max_rows: Embedded outputs in the predictor's metric; more protected inputs than that are sampled anew for
             every step.
         budget: Largest drift allowed on the control inputs, or None. The drift of a point is measured on others, and
@@ -68,8 +68,10 @@ class Method:
         """Check the budget and what is stored."""
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"budget: got {self.budget}, expected a positive drift, or None for no limit")
-        if self.damping is not None and not self.damping > 0:
-            raise ValueError(f"damping: got {self.damping}, expected a positive number, or None for no metric")
+        if self.damping is not None and not self.damping >= 0:
+            raise ValueError(
+                f"damping: got {self.damping}, expected 0 (null space), a positive number, or None for no metric"
+            )
         for key, least in (("max_steps", 1), ("max_rows", 1)):
             if not getattr(self, key) >= least:
                 raise ValueError(f"{key}: got {getattr(self, key)}, expected at least {least}")
@@ -270,7 +272,7 @@ class _Walker:
 
     def predictor(self, position: Position, free: Tensor) -> Compensation | None:
         """The tangent moves at a position, on as many protected inputs as the method allows."""
-        if self.method.damping is None:
+        if self.method.damping is None or math.isinf(self.method.damping):
             return None
         part = self.kept.subset(self.method.max_rows, self.generator)
         return Compensation(part, position, free, damping=self.method.damping)

@@ -17,7 +17,7 @@ from fipgeo.jacobian.embedded import Mask
 from fipgeo.model import ForwardFn, OutputFn
 from fipgeo.outputs import Geometry
 from fipgeo.paths.control import StepControl
-from fipgeo.paths.correctors import Corrector, FirstOrder, GaussNewton
+from fipgeo.paths.correctors import Corrector, FirstOrder, GaussNewton, LayerLocal
 from fipgeo.paths.driver import Callback, Method, walk
 from fipgeo.paths.objectives import Pattern, Score, Sparsity, Unstructured
 from fipgeo.paths.objectives.allocation import Allocation
@@ -83,7 +83,7 @@ def sparsify(
         allocation: How zeros are shared out between tensors (see `Sparsity`).
         held_out: Inputs for the verdict, or the share of `inputs` to set apart for it. They decide nothing.
         budget: Largest drift allowed (see `Method`); None walks to the target whatever it costs.
-        corrector: "gauss-newton", "first-order", a `Corrector`, or "auto": Gauss-Newton for small models without
+        corrector: "gauss-newton", "first-order", "layer-local", a `Corrector`, or "auto": Gauss-Newton for small models without
             BatchNorm.
         score: What decides which weights become zero: "metric", "lamp", "local", "obs", "magnitude", a `Score`, or
             "auto": the metric with Gauss-Newton, lamp with the first-order corrector (see the docs, Sparsity).
@@ -267,9 +267,10 @@ def _corrector(corrector: str | Corrector, field: MetricField) -> Corrector:
         rows = max(width, 1024)  # a step takes at least one batch
         small = rows * field.space.dim * 4 <= MAX_BYTES and not field.map.normalisers
         corrector = "gauss-newton" if small else "first-order"
-    kinds = {"gauss-newton": GaussNewton(), "first-order": FirstOrder()}
+    kinds = {"gauss-newton": GaussNewton(), "first-order": FirstOrder(), "layer-local": LayerLocal()}
     if corrector not in kinds:
-        raise ValueError(f"corrector: got {corrector!r}, expected 'auto', 'gauss-newton', 'first-order' or a Corrector")
+        known = ", ".join(map(repr, kinds))
+        raise ValueError(f"corrector: got {corrector!r}, expected one of 'auto', {known} or a Corrector")
     return kinds[corrector]
 
 

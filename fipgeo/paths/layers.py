@@ -136,7 +136,7 @@ def owned(model: OutputMap, theta: Tensor) -> dict[str, Tensor]:
 
 def mask_of(kept: Kept, batch: Any) -> Tensor | None:
     """Which positions of a batch count, boolean `[n, T]`; None where all do."""
-    return None if kept.function.mask is None else kept.function._mask_of(batch) != 0
+    return None if kept.function.mask is None else kept.function.mask_of(batch) != 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from fipgeo.paths.layers import LayerGram, layer_grams
 from fipgeo.paths.objectives.scores import metric_diagonal
 
 MAX_NUMBERS = 2**26
-"""Most numbers in the inverses of a layer; beyond, the whole layer shares one inverse, masked on both sides."""
+"""Most numbers in the inverses of a layer; beyond, the layer gets the inverse of its diagonal."""
 
 
 class _Block(NamedTuple):
