@@ -83,8 +83,8 @@ def sparsify(
         allocation: How zeros are shared out between tensors (see `Sparsity`).
         held_out: Inputs for the verdict, or the share of `inputs` to set apart for it. They decide nothing.
         budget: Largest drift allowed (see `Method`); None walks to the target whatever it costs.
-        corrector: "gauss-newton", "first-order", "layer-local", a `Corrector`, or "auto": Gauss-Newton for small models without
-            BatchNorm.
+        corrector: "gauss-newton", "first-order", "layer-local", a `Corrector`, or "auto": Gauss-Newton for small models
+            without BatchNorm, first-order otherwise.
         score: What decides which weights become zero: "metric", "lamp", "local", "obs", "magnitude", a `Score`, or
             "auto": the metric with Gauss-Newton, lamp with the first-order corrector (see the docs, Sparsity).
         max_steps: Accepted steps at most.
