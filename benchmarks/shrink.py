@@ -5,10 +5,11 @@
     python -m benchmarks.shrink akamaster_cifar10_resnet20 --which all
 
 Half of the channels that one layer makes alone (`--which inner`: inside residual blocks, and in a stem that no skip
-reads as it is), or of all that can go (`--which all`), become zero along a functionally invariant path on unlabelled training images; then they are taken out. Reported are the accuracy
-on all test images of the smaller network, and how many times faster it is: the ratio of median times over repetitions
-in which both networks take turns, in wall-clock time and in CPU time of this process. Beside it the same ratio for as
-many zeros that lie anywhere, which dense kernels multiply as they do any number. Test labels are used for the figures.
+reads as it is), or of all that can go (`--which all`), become zero along a functionally invariant path on unlabelled
+training images; then they are taken out. Reported are the accuracy on all test images of the smaller network, and how
+many times faster it is: the ratio of median times over repetitions in which both networks take turns, in wall-clock
+time and in CPU time of this process. Beside it the same ratio for as many zeros that lie anywhere, which dense kernels
+multiply as they do any number. Test labels are used for the figures.
 """
 
 from __future__ import annotations
