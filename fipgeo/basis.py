@@ -14,22 +14,28 @@ from fipgeo.linalg import Dense, Function, LinearOperator, Spectrum
 from fipgeo.space import WeightSpace, Where
 
 
-def inclusion(space: WeightSpace, where: Where) -> LinearOperator:
-    """The coordinates of chosen tensors: coefficients are put in their places, all other weights stay still.
+def inclusion(space: WeightSpace, where: Where | Tensor) -> LinearOperator:
+    """The coordinates of chosen tensors, or any others: coefficients are put in their places, all other weights stay still.
 
     Args:
         space: The weight space.
-        where: Glob, globs or predicate that chooses the tensors.
+        where: Glob, globs or predicate that chooses the tensors; or a boolean mask `[D]` of the coordinates.
 
     Returns:
         B `[D, r]` with B^T B = I, r the number of chosen coordinates.
+
+    Raises:
+        ValueError: The mask is not boolean or not of length D.
 
     Examples:
         >>> space = WeightSpace.of(torch.nn.Linear(3, 2))
         >>> inclusion(space, "bias").shape
         (8, 2)
     """
-    index = space.mask(where).nonzero().squeeze(-1)
+    mask = where if isinstance(where, Tensor) else space.mask(where)
+    if mask.dtype != torch.bool or mask.shape != (space.dim,):
+        raise ValueError(f"where: got {mask.dtype} of shape {list(mask.shape)}, expected a boolean mask [{space.dim}]")
+    index = mask.nonzero().squeeze(-1)
 
     def apply(c: Tensor) -> Tensor:
         return c.new_zeros(len(c), space.dim).index_copy(1, index, c)

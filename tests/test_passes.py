@@ -16,6 +16,7 @@ ENGINES = ("autodiff", "linearised", "factored", "materialised")
 HELD = ENGINES[1:]
 NETS = ("convnet", "text", "in_place")
 FEW = ("mlp", "text")
+LOOK = 1 / 3  # at the first of three batches
 
 
 class Counting:
@@ -78,7 +79,7 @@ def test_what_is_held_needs_no_data(name: str, engine: str) -> None:
         g.solve(v, 0.1, method=method)
     assert loader.passes() == 0
     _ = g.spectrum(4, method="dual"), g.solve(v, 0.1, method="dual")  # K by factors, which graphs are not
-    assert loader.passes() <= (2 if engine == "linearised" else 0)
+    assert loader.passes() <= (2 + LOOK if engine == "linearised" else 0)
     _ = g.spectrum(), g.rank(), g.log_det(0.1), g.solve(v, 0.2), g.solve(v, [1.0, 2.0]), g.spectrum(3)
     assert loader.passes() == 0
 
@@ -94,7 +95,7 @@ def test_passes_of_spectra_and_solves_do_not_depend_on_the_number_of_vectors(nam
     many = g.solve(draw(16, g.dim), [0.5, 1.0, 2.0], method="cg")
     assert many.ok and loader.passes() <= 2 * one + 8 < 16 * one  # the slowest of the vectors decides
     g.spectrum(method="dual")
-    assert loader.passes() <= 5
+    assert loader.passes() <= 5 + LOOK
     g.solve(draw(16, g.dim), [0.5, 1.0], method="dual")
     assert loader.passes() <= 6
 

@@ -26,7 +26,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fipgeo.jacobian import JacobianRoot
+from fipgeo.basis import inclusion
+from fipgeo.jacobian import JacobianRoot, inner_products
 from fipgeo.linalg import Dense, Diagonal, Gram, LinearOperator, cg, lsmr, trace
 from fipgeo.model import NotFiniteError
 from fipgeo.paths.kept import Kept, Position
@@ -82,16 +83,16 @@ class Compensation:
         self.free, self.preconditioner = free, preconditioner
         using = self.root.materialise() or self.root.prepare()
         self.cost = 2.0 * kept.survey.num_rows if isinstance(using, Dense) else 16.0 * kept.num_examples
-        mask = free.to(position.theta.dtype)
-        self.masked: LinearOperator = using @ Diagonal(mask)
         self.gram: Tensor | None = None
         self._eigen: tuple[Tensor, Tensor] | None = None
         if isinstance(using, Dense):
-            self.masked = using if bool(free.all()) else Dense(using.matrix * mask)
-            total = float(self.masked.matrix.square().sum(1).double().sum())
+            columns = using.matrix if bool(free.all()) else using.matrix[:, free]  # few are left in a sparse network
+            self.masked: LinearOperator = Dense(columns) @ inclusion(kept.function.map.space, free).T
+            total = float(torch.linalg.vector_norm(columns, dim=1).double().square().sum())
             if self.root.shape[0] <= MAX_ROWS:
-                self.gram = (self.masked.matrix @ self.masked.matrix.T).double()
+                self.gram = inner_products(columns, columns, single=True)
         else:
+            self.masked = using @ Diagonal(free.to(position.theta.dtype))
             total = float(trace(Gram(self.masked), num_products=4).value)
         if not math.isfinite(total):
             raise NotFiniteError(
