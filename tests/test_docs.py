@@ -145,7 +145,7 @@ def test_the_two_commands_stand_once_and_pin_the_same_torch() -> None:
     lines = [line for line in README.read_text().splitlines() if line.startswith("python3 -m venv .venv && ")]
     main_job, tests = lines
     assert main_job.endswith(".venv/bin/python examples/quickstart.py")
-    assert tests.endswith(".venv/bin/python -m pytest -q")
+    assert tests.endswith(".venv/bin/python -m pytest -q -n auto")
     pins = [re.findall(r"torch==([\d.]+) -e '\.\[", line) for line in lines]
     assert pins[0] == pins[1] and len(pins[0]) == 1
 
