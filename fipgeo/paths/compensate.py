@@ -27,13 +27,16 @@ import torch
 from torch import Tensor
 
 from fipgeo.basis import inclusion
-from fipgeo.jacobian import JacobianRoot, inner_products
+from fipgeo.jacobian import JacobianRoot, inner_products, materialised_root
 from fipgeo.linalg import Dense, Diagonal, Gram, LinearOperator, cg, lsmr, trace
 from fipgeo.model import NotFiniteError
 from fipgeo.paths.kept import Kept, Position
 
 MAX_ROWS = 2048
-"""Up to so many embedded outputs the Gram matrix is factored; beyond, conjugate gradients are used."""
+"""Up to so many embedded outputs R_F R_F^T is factored."""
+
+MAX_COLUMNS = 4096
+"""With more outputs than that, R_F^T R_F is factored for up to so many free weights; else conjugate gradients."""
 
 TINY = 1e-12
 """The least damping that a search for a radius looks at before it takes the null space, over the mean eigenvalue."""
@@ -81,18 +84,20 @@ class Compensation:
         self.kept, self.num_examples, self.max_iters = kept, kept.num_examples, max_iters
         self.rtol = 10 * self.root.shape[0] ** 0.5 * torch.finfo(self.root.dtype).eps if rtol is None else rtol
         self.free, self.preconditioner = free, preconditioner
-        using = self.root.materialise() or self.root.prepare()
-        self.cost = 2.0 * kept.survey.num_rows if isinstance(using, Dense) else 16.0 * kept.num_examples
         self.gram: Tensor | None = None
+        self.normal: Tensor | None = None
         self._eigen: tuple[Tensor, Tensor] | None = None
-        if isinstance(using, Dense):
-            columns = using.matrix if bool(free.all()) else using.matrix[:, free]  # few are left in a sparse network
+        columns = self._columns(position, max_bytes)
+        self.cost = 2.0 * kept.survey.num_rows if columns is not None else 16.0 * kept.num_examples
+        if columns is not None:
             self.masked: LinearOperator = Dense(columns) @ inclusion(kept.function.map.space, free).T
             total = float(torch.linalg.vector_norm(columns, dim=1).double().square().sum())
-            if self.root.shape[0] <= MAX_ROWS:
+            if len(columns) <= MAX_ROWS:
                 self.gram = inner_products(columns, columns, single=True)
+            elif columns.shape[1] <= MAX_COLUMNS:
+                self.normal = inner_products(across := columns.T.contiguous(), across, single=True)
         else:
-            self.masked = using @ Diagonal(free.to(position.theta.dtype))
+            self.masked = self.root.prepare() @ Diagonal(free.to(position.theta.dtype))
             total = float(trace(Gram(self.masked), num_products=4).value)
         if not math.isfinite(total):
             raise NotFiniteError(
@@ -101,6 +106,17 @@ class Compensation:
         rows = kept.survey.num_rows - kept.survey.lost
         self.scale = total / self.num_examples / max(min(rows, int(free.sum())), 1)
         self.damped(damping)
+
+    def _columns(self, position: Position, max_bytes: int) -> Tensor | None:
+        """R_F `[N * M, |F|]` where it fits: of many rows in a sparse network only the free columns are ever held."""
+        few, (num_rows, dim) = int(self.free.sum()), self.root.shape
+        size = self.root.dtype.itemsize
+        if MAX_ROWS < num_rows and few <= MAX_COLUMNS and num_rows * few * size <= max_bytes:
+            return materialised_root(self.kept.at(position), position.theta, self.kept.survey, self.free).matrix
+        using = self.root.materialise()
+        if using is None:
+            return None
+        return using.matrix if few == dim else using.matrix[:, self.free]
 
     def damped(self, damping: float | None) -> Compensation:
         """The same moves under another damping; rows, their Gram matrix and its eigenvalues are shared.
@@ -116,12 +132,12 @@ class Compensation:
             )
         self.mu = damping * self.scale if self.scale > 0 else math.inf
         self.factor: Tensor | None = None
-        if self.gram is not None and self._eigen is None and 0 < self.mu < math.inf:
+        square = self.normal if self.gram is None else self.gram
+        if square is not None and self._eigen is None and 0 < self.mu < math.inf:
             shift, failed = self.num_examples * self.mu, True
-            while failed and math.isfinite(
-                shift
-            ):  # single-precision rows can leave the Gram matrix a rounding error short of definite
-                factor, info = torch.linalg.cholesky_ex(self.gram + shift * torch.eye(len(self.gram)).to(self.gram))
+            # single-precision rows can leave the matrix a rounding error short of definite
+            while failed and math.isfinite(shift):
+                factor, info = torch.linalg.cholesky_ex(square + shift * torch.eye(len(square)).to(square))
                 self.factor, failed, shift = factor, bool(info), 10 * shift
         return self
 
@@ -230,6 +246,10 @@ class Compensation:
         if mu == math.inf:
             return torch.zeros(self.root.shape[1], dtype=self.root.dtype, device=self.root.device)
         if self.gram is None:
+            if self.factor is not None and mu == self.mu:
+                rhs = self.masked.adjoint(r).double()
+                step = torch.cholesky_solve(rhs[self.free][:, None], self.factor)[:, 0]
+                return -torch.zeros_like(rhs).masked_scatter(self.free, step).to(self.root.dtype)
             if mu > 0:
                 return self._moves(r, [mu])[0]
             return -lsmr(self.masked, r, max_iters=self.max_iters).value

@@ -142,7 +142,10 @@ def test_a_choice_of_parameters_that_matches_nothing() -> None:
 
 
 def test_an_unknown_corrector() -> None:
-    with pytest.raises(ValueError, match="corrector: got 'newton', expected one of 'auto', 'gauss-newton', 'first-order', 'layer-local'"):
+    with pytest.raises(
+        ValueError,
+        match="corrector: got 'newton', expected one of 'auto', 'gauss-newton', 'first-order', 'layer-local'",
+    ):
         sparsify(mlp(0), inputs(), 0.5, corrector="newton")
 
 

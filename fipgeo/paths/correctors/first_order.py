@@ -23,7 +23,7 @@ class FirstOrder(Corrector):
     where the taps h are hidden outputs: they give many more constraints an input when inputs are few (see `Taps`).
     Moments are kept from one correction to the next; the learning rate is constant, and decays along a cosine in the
     last correction. Where the model has BatchNorm, minibatches are normalised by themselves while weights move, and the
-    running statistics are re-estimated at the end; after the last correction only if that brings the outputs nearer.
+    running statistics are re-estimated at the end; in the last correction after half of the steps, to stay from there.
 
     Attributes:
         steps: Minibatches in one correction.
@@ -35,6 +35,8 @@ class FirstOrder(Corrector):
         optimizer: "adam" (Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015), "sgd" (heavy ball, 0.9), or
             "natural": "sgd" on gradients that were multiplied by the inverse of the metric's block diagonal, made anew
             at the start of every correction (see `LayerPreconditioner`).
+        batch_statistics: Whether BatchNorm normalises minibatches by themselves: True, False (statistics are
+            re-estimated only where that brings the outputs nearer), or None as above.
 
     Raises:
         ValueError: The optimizer is none of these. When correcting: a tap names no module of the model.
@@ -47,6 +49,7 @@ class FirstOrder(Corrector):
     taps: Taps = "blocks"
     tap_weight: float = 2.0
     optimizer: str = "adam"
+    batch_statistics: bool | None = None
 
     def __post_init__(self) -> None:
         """Check the optimizer."""
@@ -67,28 +70,34 @@ class FirstOrder(Corrector):
         """Walk; `moves` is not used (see `Corrector.correct`)."""
         del moves
         target = kept.tapped(self.taps, self.tap_weight)
+        live, cost = bool(kept.function.map.normalisers) and self.batch_statistics is not False, 0.0
+        if not live:
+            position = kept.better_normalised(position)
         steps = self.final_steps if final else self.steps
         rate = RATES[self.optimizer] if self.lr is None else self.lr
         theta = position.theta.clone()
         optimizer = self._optimizer(theta, rate)
         if state:
             optimizer.state[theta] = {k: v.clone() * free if k in MOVING else v.clone() for k, v in state.items()}
-        evaluations, cost = 4.0 if isinstance(target.reference, Recomputed) else 3.0, 0.0
+        evaluations = 4.0 if isinstance(target.reference, Recomputed) else 3.0
         inverse: LayerPreconditioner | None = None
         if self.optimizer == "natural":
             inverse = LayerPreconditioner(_some(target, LOOKED_AT, generator), position, free, generator)
             cost += inverse.cost
         for t in range(steps):
+            if final and live and self.batch_statistics is None and 2 * t >= steps:
+                position, live = kept.renormalised(replace(position, theta=theta.detach())), False
+                cost += kept.num_examples
             part = target.draw(self.batch_size, generator)
-            theta.grad = gradient(target, replace(position, theta=theta), part) * free
+            theta.grad = gradient(target, replace(position, theta=theta), part, batch_statistics=live) * free
             theta.grad = theta.grad if inverse is None else inverse(theta.grad) / 2
             optimizer.param_groups[0]["lr"] = rate * (0.5 * (1 + math.cos(math.pi * t / steps)) if final else 1.0)
             optimizer.step()
             cost += evaluations * len(part.reference)
         position = replace(position, theta=theta)
         if kept.function.map.normalisers:
-            position = kept.better_normalised(position) if final else kept.renormalised(position)
-            cost += (3 if final else 1) * kept.num_examples
+            position = kept.renormalised(position) if live and not final else kept.better_normalised(position)
+            cost += (1 if live and not final else 3) * kept.num_examples
         return Correction(position, dict(optimizer.state[theta]), cost)
 
     def _optimizer(self, theta: Tensor, rate: float) -> torch.optim.Optimizer:

@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fipgeo.paths.compensate import Compensation
+from fipgeo.paths.compensate import MAX_COLUMNS, Compensation
 from fipgeo.paths.correctors.base import Correction, Corrector, State
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.precondition import LayerPreconditioner
 from fipgeo.paths.taps import Taps
+
+MAX_BYTES = 2**28
+"""Most memory for columns of free weights, where these are few."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class GaussNewton(Corrector):
         final_steps: The same in the last one.
         damping: mu at first, as a multiple of the mean non-zero eigenvalue of the metric.
         max_rows: Embedded outputs in a step; more protected inputs than that are sampled anew for every Jacobian.
-            Hidden outputs do not count.
+            Hidden outputs do not count. Once few weights are left, more inputs or all are taken at once.
         max_iters: Conjugate-gradient iterations where the Gram matrix is too large to factor.
         taps: Hidden outputs that are protected too (see `Taps`); the residual that must fall is then theirs as well.
         tap_weight: Weight of the taps beside the outputs.
@@ -81,6 +84,8 @@ class GaussNewton(Corrector):
             if now < loss:
                 position, loss = tried, now
         rows = self.max_rows // max(width for _, width in plain.shapes) * max(width for _, width in kept.shapes)
+        if int(free.sum()) <= MAX_COLUMNS:  # all inputs at once cost no more than a part of them: columns are few
+            rows = max(rows, MAX_BYTES // (int(free.sum()) * position.theta.itemsize))
         before = state.get("move", torch.zeros_like(position.theta)) * free
         for _ in range(self.final_steps if final else self.steps):
             part = kept.subset(max(rows, 1), generator)
