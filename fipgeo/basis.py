@@ -15,7 +15,7 @@ from fipgeo.space import WeightSpace, Where
 
 
 def inclusion(space: WeightSpace, where: Where | Tensor) -> LinearOperator:
-    """The coordinates of chosen tensors, or any others: coefficients are put in their places, all other weights stay still.
+    """The coordinates of chosen tensors, or any others: coefficients go to their places, all other weights stay still.
 
     Args:
         space: The weight space.

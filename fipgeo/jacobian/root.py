@@ -179,6 +179,16 @@ class JacobianRoot(LinearOperator):
             self._using = self._build("materialised")
         return self.rows
 
+    def chosen(self, free: Tensor) -> Dense:
+        """The columns of R at the true entries of a mask `[D]`, as rows; the others are never all in memory."""
+        try:
+            found = FactoredRoot(self.function, self.theta, self.survey, max_bytes=self.max_bytes / 8).chosen(free)
+            if found.shape == (self.shape[0], int(free.sum())):
+                return Dense(found)
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            log.info("columns are chosen from whole rows: %s", error)
+        return materialised_root(self.function, self.theta, self.survey, free)
+
     def double(self) -> LinearOperator | None:
         """The same root with float64 algebra over what is held; None where products pass through the model."""
         return doubled(self._using) if isinstance(self._using, FactoredRoot | Dense) else None

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fipgeo.basis import inclusion
-from fipgeo.jacobian import JacobianRoot, inner_products, materialised_root
+from fipgeo.jacobian import JacobianRoot, inner_products
 from fipgeo.linalg import Dense, Diagonal, Gram, LinearOperator, cg, lsmr, trace
 from fipgeo.model import NotFiniteError
 from fipgeo.paths.kept import Kept, Position
@@ -35,7 +35,7 @@ from fipgeo.paths.kept import Kept, Position
 MAX_ROWS = 2048
 """Up to so many embedded outputs R_F R_F^T is factored."""
 
-MAX_COLUMNS = 4096
+MAX_COLUMNS = 2048
 """With more outputs than that, R_F^T R_F is factored for up to so many free weights; else conjugate gradients."""
 
 TINY = 1e-12
@@ -87,7 +87,7 @@ class Compensation:
         self.gram: Tensor | None = None
         self.normal: Tensor | None = None
         self._eigen: tuple[Tensor, Tensor] | None = None
-        columns = self._columns(position, max_bytes)
+        columns = self._columns(max_bytes)
         self.cost = 2.0 * kept.survey.num_rows if columns is not None else 16.0 * kept.num_examples
         if columns is not None:
             self.masked: LinearOperator = Dense(columns) @ inclusion(kept.function.map.space, free).T
@@ -107,16 +107,12 @@ class Compensation:
         self.scale = total / self.num_examples / max(min(rows, int(free.sum())), 1)
         self.damped(damping)
 
-    def _columns(self, position: Position, max_bytes: int) -> Tensor | None:
-        """R_F `[N * M, |F|]` where it fits: of many rows in a sparse network only the free columns are ever held."""
+    def _columns(self, max_bytes: int) -> Tensor | None:
+        """R_F `[N * M, |F|]` where it fits: in a sparse network only the free columns are ever held."""
         few, (num_rows, dim) = int(self.free.sum()), self.root.shape
-        size = self.root.dtype.itemsize
-        if MAX_ROWS < num_rows and few <= MAX_COLUMNS and num_rows * few * size <= max_bytes:
-            return materialised_root(self.kept.at(position), position.theta, self.kept.survey, self.free).matrix
-        using = self.root.materialise()
-        if using is None:
-            return None
-        return using.matrix if few == dim else using.matrix[:, self.free]
+        width = few if MAX_ROWS < num_rows and few <= MAX_COLUMNS else dim  # many rows are of use to the few only
+        fits = num_rows * width * self.root.dtype.itemsize <= max_bytes
+        return self.root.chosen(self.free).matrix if fits else None
 
     def damped(self, damping: float | None) -> Compensation:
         """The same moves under another damping; rows, their Gram matrix and its eigenvalues are shared.

@@ -34,9 +34,8 @@ def test_the_move_is_that_of_dense_least_squares(seed: int, damping: float) -> N
     dense = jacrev(outputs)(theta)[:, free]
     scale = float(dense.square().sum()) / 40 / min(120, int(free.sum()))
     assert moves.scale == pytest.approx(scale)
-    expected = torch.linalg.solve(
-        dense.T @ dense / 40 + damping * scale * torch.eye(int(free.sum())), -dense.T @ r / 40
-    )
+    unit, rhs = torch.eye(int(free.sum())), -dense.T @ r / 40
+    expected = torch.linalg.solve(dense.T @ dense / 40 + damping * scale * unit, rhs)
     torch.testing.assert_close(w[free], expected, rtol=1e-8, atol=1e-10)
     assert not w[~free].any()
     assert moves.predicted(r, w) == pytest.approx(float((r + dense @ expected).square().sum() / 40) ** 0.5)

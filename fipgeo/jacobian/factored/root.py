@@ -68,6 +68,10 @@ class FactoredRoot(LinearOperator):
         out.segments = tuple(segment.restricted(places) for segment in self.segments)
         return out
 
+    def chosen(self, free: Tensor) -> Tensor:
+        """The columns at the true entries of a mask `[D]`, as a matrix `[N * M, |free|]`."""
+        return torch.cat([segment.chosen(free) for segment in self.segments])
+
     def gram(self, *, single: bool = False) -> Tensor:
         """K = R R^T in float64, `[N * M, N * M]`, one parameter after the other.
 

@@ -47,6 +47,21 @@ class Segment:
             out += block.to(x.dtype).apply(tangent).reshape(len(self.matrix), len(x)).T
         return out
 
+    def chosen(self, free: Tensor) -> Tensor:
+        """The columns of R at the true entries of a mask `[D]`, `[n * M, |free|]`; few others are made at a time."""
+        parts: dict[int, Tensor] = {}
+        start = 0
+        for where, shape in self.held:
+            own = self.matrix[:, start : start + shape.numel()]
+            parts[where.start], start = own[:, free[where]], start + shape.numel()
+        for where, shape, block in self.blocks:
+            mask = free[where].reshape(shape[0], -1)
+            size = len(self.matrix) * mask.shape[1] * self.matrix.itemsize
+            entries = mask.any(1).nonzero()[:, 0].split(max(BLOCK_BYTES // (4 * size), 1))
+            some = [block.rows(index)[:, mask[index].reshape(-1)] for index in entries]
+            parts[where.start] = torch.cat([self.matrix[:, :0], *some], 1)
+        return torch.cat([parts[key] for key in sorted(parts)], 1)
+
     def adjoint(self, y: Tensor, out: Tensor, *, add: bool = True) -> None:
         """Add R^T y to `out`, or write it where `out` holds nothing yet: `[k, n * M]` to `[k, D]`."""
         written: set[int] = set()
