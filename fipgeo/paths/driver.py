@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fipgeo.data import Batches, Generator
+from fipgeo.data import Batches, Generator, as_batches
 from fipgeo.field import MetricField
 from fipgeo.model import NotFiniteError
 from fipgeo.paths.compensate import Compensation
@@ -84,7 +84,7 @@ def walk(
     objective: Objective,
     method: Method,
     *,
-    held_out: Batches | float = 0.2,
+    held_out: Any = 0.2,
     generator: Generator = None,
     progress: bool = False,
     callback: Callback | None = None,
@@ -119,6 +119,8 @@ def walk(
         ValueError: The budget does not allow even the smallest first step; `resume`, `after` or the checkpoint is the
             path of another model or objective; or bad inputs (see `OutputMap.check`).
     """
+    if not isinstance(held_out, Batches | int | float):
+        held_out = as_batches(held_out, None, "held_out")
     with torch.inference_mode(False):
         settings = settings_of(field.function.geometry, objective, method)
         resume = from_checkpoint(checkpoint, resume, after, settings, field, generator)

@@ -81,12 +81,13 @@ def sparsify(
         exclude: Which tensors stay dense (globs or a predicate), besides biases and normalisation scales and shifts.
         pattern: Which weights become zero together: single ones, `NofM(2, 4)`, `Blocks`, `Rows`, `Columns`, `Groups`.
         allocation: How zeros are shared out between tensors (see `Sparsity`).
-        held_out: Inputs for the verdict, or the share of `inputs` to set apart for it. They decide nothing.
+        held_out: Inputs for the verdict, or the share of `inputs` to set apart for it. They decide nothing,
+            but that a point whose outputs on them are not finite is refused.
         budget: Largest drift allowed (see `Method`); None walks to the target whatever it costs.
         corrector: "gauss-newton", "first-order", "layer-local", a `Corrector`, or "auto": Gauss-Newton for small models
             without BatchNorm, first-order otherwise.
         score: What decides which weights become zero: "metric", "lamp", "local", "obs", "magnitude", a `Score`, or
-            "auto": the metric with Gauss-Newton, lamp with the first-order corrector (see the docs, Sparsity).
+            "auto": the metric with Gauss-Newton, lamp with any other corrector (see the docs, Paths).
         max_steps: Accepted steps at most.
         store: "all" or "last": which points keep their weights.
         batch_size: Examples in a batch when data are tensors (default 256).

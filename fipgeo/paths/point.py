@@ -27,7 +27,7 @@ class PathPoint:
         changed_upper: Exact (Clopper-Pearson) upper 95 % confidence bound on that share.
         objective: What the objective measures (sparsity, loss on new data).
         sparsity: Exact zeros among the coordinates the objective counts, as a share.
-        cost: Evaluations of the model on one input so far, forwards and backwards each counted once.
+        cost: Evaluations of the model on one input so far, a backward pass counted as two.
         seconds: Wall time so far.
         num_held_out: Inputs behind `changed`.
         control_drift: Drift on the control inputs, by which steps are accepted and a budget is kept; for being

@@ -51,7 +51,7 @@ class Corrector(ABC):
             state: What the last correction left (empty at first).
             generator: Source of minibatches.
             moves: The predictor's tangent moves, to be used once more if the corrector can (a chord step).
-            final: This is the last correction of the path, worth more work.
+            final: The step arrives at a landmark of the objective (a waypoint, or the end), worth more work.
 
         Returns:
             The corrected position, the state for the next correction, and the model evaluations spent.
