@@ -102,6 +102,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="measure the learning rates of the baselines")
     parser.add_argument("--score", help="of fipgeo, instead of sparsify's own choice; named in the record")
     parser.add_argument("--corrector", help="of fipgeo, instead of sparsify's own choice; named in the record")
+    parser.add_argument("--final-steps", type=int, help="minibatches of a last first-order correction; named too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
     return parser.parse_args(arguments)
@@ -124,7 +125,7 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """What is asked of fipgeo beside its defaults."""
-    return {key: getattr(args, key) for key in ("score", "corrector") if getattr(args, key)}
+    return {key: getattr(args, key) for key in ("score", "corrector", "final_steps") if getattr(args, key)}
 
 
 def on_record(cell: Cell, folder: Path) -> bool:
@@ -166,6 +167,9 @@ def ours(
     model: nn.Module, inputs: Tensor, targets: list[float], seed: int, options: dict[str, Any]
 ) -> list[tuple[float, Found]]:
     """One path through all levels: the network at each, and what the path had taken when it got there."""
+    if final := options.get("final_steps"):
+        options = {k: v for k, v in options.items() if k != "final_steps"}
+        options["corrector"] = fipgeo.FirstOrder(final_steps=final)
     names, spent, wall, cpu = counted(model), [(0.0, 0.0)], time.perf_counter(), time.process_time()
 
     def note(info: Any) -> None:

@@ -58,7 +58,7 @@ class Segment:
             mask = free[where].reshape(shape[0], -1)
             size = len(self.matrix) * mask.shape[1] * self.matrix.itemsize
             entries = mask.any(1).nonzero()[:, 0].split(max(BLOCK_BYTES // (4 * size), 1))
-            some = [block.rows(index)[:, mask[index].reshape(-1)] for index in entries]
+            some = [block.rows(index)[:, mask[index].reshape(-1)] for index in entries if len(index)]
             parts[where.start] = torch.cat([self.matrix[:, :0], *some], 1)
         return torch.cat([parts[key] for key in sorted(parts)], 1)
 

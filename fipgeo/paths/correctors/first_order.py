@@ -23,7 +23,8 @@ class FirstOrder(Corrector):
     where the taps h are hidden outputs: they give many more constraints an input when inputs are few (see `Taps`).
     Moments are kept from one correction to the next; the learning rate is constant, and decays along a cosine in the
     last correction. Where the model has BatchNorm, minibatches are normalised by themselves while weights move, and the
-    running statistics are re-estimated at the end; in the last correction after half of the steps, to stay from there.
+    running statistics are re-estimated at the end; in the last correction after half of the steps, where that brings
+    the outputs nearer, to stay from there.
 
     Attributes:
         steps: Minibatches in one correction.
@@ -86,8 +87,8 @@ class FirstOrder(Corrector):
             cost += inverse.cost
         for t in range(steps):
             if final and live and self.batch_statistics is None and 2 * t >= steps:
-                position, live = kept.renormalised(replace(position, theta=theta.detach())), False
-                cost += kept.num_examples
+                position, live = kept.better_normalised(replace(position, theta=theta.clone())), False
+                cost += 3 * kept.num_examples
             part = target.draw(self.batch_size, generator)
             theta.grad = gradient(target, replace(position, theta=theta), part, batch_statistics=live) * free
             theta.grad = theta.grad if inverse is None else inverse(theta.grad) / 2

@@ -84,8 +84,8 @@ class GaussNewton(Corrector):
             if now < loss:
                 position, loss = tried, now
         rows = self.max_rows // max(width for _, width in plain.shapes) * max(width for _, width in kept.shapes)
-        if int(free.sum()) <= MAX_COLUMNS:  # all inputs at once cost no more than a part of them: columns are few
-            rows = max(rows, MAX_BYTES // (int(free.sum()) * position.theta.itemsize))
+        if 0 < (few := int(free.sum())) <= MAX_COLUMNS:  # all inputs at once cost no more than some: columns are few
+            rows = max(rows, MAX_BYTES // (few * position.theta.itemsize))
         before = state.get("move", torch.zeros_like(position.theta)) * free
         for _ in range(self.final_steps if final else self.steps):
             part = kept.subset(max(rows, 1), generator)
