@@ -67,6 +67,7 @@ class Metric:
         self.root, self.num_examples = root, num_examples
         self.operator: LinearOperator = Gram(root, 1 / num_examples)
         self._factor: DualFactor | None = None
+        self._iterated = 0  # right-hand sides so far: a factor is made once these would have paid for it
         self._gram: Tensor | None = None
         self._origin: tuple[Metric, LinearOperator] | None = None
 
@@ -105,7 +106,8 @@ class Metric:
                 Krylov space, p being the first axis of the solution.
             method: "dual" (factor the N M x N M Gram, then any damping and right-hand side is cheap), "dense" (factor
                 g), "cg" (conjugate gradients), "nystrom" (the same with a randomised low-rank preconditioner), or
-                "auto": what the estimates in `explain` call cheapest.
+                "auto": what the estimates in `explain` call cheapest for all right-hand sides so far, so that solves
+                which come one by one turn to a factor when it would have paid.
             rtol: The relative residual asked for; None for 1e-6, or what single precision allows.
 
         Returns:
@@ -130,7 +132,7 @@ class Metric:
         if method not in METHODS:
             raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
         if method == "auto":
-            method = self._route(cheapest_solver, rhs.numel() // self.dim, len(numbers))
+            method = self._route(cheapest_solver, self._iterated + rhs.numel() // self.dim, len(numbers))
         if method == "dual":
             return self.dual_factor().solve(rhs, damping, rtol=rtol)
         if method == "dense":
@@ -139,6 +141,7 @@ class Metric:
                 raise ValueError("method: 'dense' factors one damped matrix at a time; use 'dual' or 'cg' for several")
             return cholesky(self.operator, rhs, damping=numbers[0], rtol=rtol)
         self._prepare(ITERATIONS * (rhs.numel() // self.dim))
+        self._iterated += rhs.numel() // self.dim
         if method == "nystrom":
             near = nystrom(self.operator, min(SKETCH, self.dim)).preconditioner(min(numbers))
             return cg(self.operator, rhs, damping=damping, rtol=rtol, preconditioner=near)

@@ -287,3 +287,20 @@ def test_angles_between_what_two_data_sets_protect() -> None:
     a, b = (torch.linalg.eigh(matrix).eigenvectors[:, -4:] for matrix in oracle)
     assert torch.allclose(angles.cos(), torch.linalg.svdvals(a.T @ b), atol=1e-8)
     assert float(principal_angles(g.spectrum(4), g.spectrum(4)).max()) < 1e-6
+
+
+def test_solves_one_by_one_come_to_the_factor_that_all_at_once_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def few(root: object, count: int, dampings: int) -> str:
+        asked.append(count)
+        return "cg" if count < 3 else "dual"
+
+    monkeypatch.setattr("fipgeo.metrics.cheapest_solver", few)
+    module, inputs = build("mlp")
+    g = metric(module, inputs)
+    rhs = torch.randn(g.dim, generator=torch.Generator().manual_seed(0))
+    found = [g.solve(rhs, 0.1).value for _ in range(4)]
+    assert asked == [1, 2, 3]  # then the factor is there
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
