@@ -171,6 +171,7 @@ def ours(
         options = {k: v for k, v in options.items() if k != "final_steps"}
         options["corrector"] = fipgeo.FirstOrder(final_steps=final)
     names, spent, wall, cpu = counted(model), [(0.0, 0.0)], time.perf_counter(), time.process_time()
+    others = {name for name, _ in model.named_parameters()} - set(names)
 
     def note(info: Any) -> None:
         del info
@@ -180,7 +181,7 @@ def ours(
         model,
         inputs,
         tuple(targets) if len(targets) > 1 else targets[0],  # type: ignore[arg-type]
-        exclude=lambda name, _: name not in names,
+        exclude=(lambda name, _: name not in names) if others else None,
         held_out=HELD_OUT,
         generator=seed,
         callback=note,

@@ -82,7 +82,7 @@ def test_convolutions_are_unfolded_as_torch_does(options: dict[str, Any], max_by
     position, out0 = moved(kept, 2), layer(x).detach()
     found = layer_grams(kept, position, gaps=True, positions=None, max_bytes=max_bytes)["layer.weight"]
     put(model, kept, position)
-    padding = 1 if layer.padding == "same" else layer.padding
+    padding: Any = 1 if layer.padding == "same" else layer.padding
     columns = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)  # [n, C K, P]
     g = layer.groups
     rows = columns.unflatten(1, (g, -1)).permute(1, 0, 3, 2).flatten(1, 2)
@@ -162,7 +162,7 @@ class Tied(nn.Module):
 
 
 def test_a_table_that_is_also_an_output_layer_is_left_out_and_uses_add_up() -> None:
-    model = filled(Tied(), 0)
+    model: Any = filled(Tied(), 0)
     ids = torch.randint(7, (5, 3), generator=torch.Generator().manual_seed(0))
     found = layer_grams(kept_of(model, ids), moved(kept_of(model, ids), 1), gaps=True)
     assert list(found) == ["twice"] and found["twice"].transposed and found["twice"].count == 2 * ids.numel()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def correct(
     position: Position,
     free: Tensor,
     state: Mapping[str, Tensor] | None = None,
-    **options: bool,
+    **options: Any,
 ) -> Correction:
     return corrector.correct(kept, position, free, state or {}, torch.Generator().manual_seed(0), **options)
 
@@ -140,7 +141,7 @@ def test_runs_repeat_and_the_state_is_flat_tensors_that_are_not_written_to() -> 
     one = correct(Mixed(MEMBERS), kept, position, free, first.state)
     two = correct(Mixed(MEMBERS), kept, position, free, first.state)
     same_tensors(held, first.state)
-    same_tensors(one.state | {"theta": one.position.theta}, two.state | {"theta": two.position.theta})
+    same_tensors({**one.state, "theta": one.position.theta}, {**two.state, "theta": two.position.theta})
 
 
 def test_a_path_resumes_bit_for_bit() -> None:

@@ -21,7 +21,13 @@ TOTAL = 100
 
 
 def point(step: int, objective: float, changed: float, drift: float, stored: bool = True) -> PathPoint:
-    numbers = {"arc_length": 1.0 * step, "step_norm": 1.0, "distance": drift, "drift": drift, "changed": changed}
+    numbers: dict[str, Any] = {
+        "arc_length": 1.0 * step,
+        "step_norm": 1.0,
+        "distance": drift,
+        "drift": drift,
+        "changed": changed,
+    }
     numbers |= {"objective": objective, "sparsity": 0.5, "cost": 10.0 * step, "seconds": 0.1}
     upper = changed_upper_bound(round(changed * TOTAL), TOTAL)
     tensors = {"weight": draw(step, 2, 3)} if stored else None
@@ -50,7 +56,13 @@ def test_best_is_the_best_stored_point_within_the_limits(
 ) -> None:
     points = [point(i, o / 10, c / 100, d / 10, stored) for i, (o, c, d, stored) in enumerate(rows)]
     path = path_of(points, maximise)
-    for limits in ({}, {"max_changed": 0.05}, {"max_drift": 0.5}, {"max_changed": 0.07, "max_drift": 0.3}):
+    cases: list[dict[str, Any]] = [
+        {},
+        {"max_changed": 0.05},
+        {"max_drift": 0.5},
+        {"max_changed": 0.07, "max_drift": 0.3},
+    ]
+    for limits in cases:
         allowed = [
             p
             for p in points

@@ -1,6 +1,7 @@
 """Hidden outputs beside the outputs: distances by hand, Jacobians by autograd, what is left out and masked."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -207,7 +208,7 @@ def test_examples_are_found_on_whichever_axis_they_are(count: int) -> None:
 
 
 def test_channels_last_costs_no_copy_and_changes_no_distance() -> None:
-    model = filled(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)), 0)
+    model: Any = filled(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)), 0)
     x = draw(1, 6, 2, 4, 4)
     plain = kept_of(model, x).tapped(("0",))
     wide = kept_of(model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last))
