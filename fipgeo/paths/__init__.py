@@ -23,6 +23,7 @@ from fipgeo.paths.objectives import (
     Sparsity,
     Unstructured,
 )
+from fipgeo.paths.protected import Protected, Several, Tangent
 from fipgeo.paths.record import Leg, PathPoint, PathResult
 from fipgeo.paths.verdict import Verdict, changed_upper_bound
 
@@ -50,12 +51,15 @@ __all__ = [
     "Pattern",
     "Position",
     "Proposal",
+    "Protected",
     "Replay",
     "Rows",
     "SaturationWarning",
     "Score",
+    "Several",
     "Sparsity",
     "StepControl",
+    "Tangent",
     "Unstructured",
     "Verdict",
     "adapt",

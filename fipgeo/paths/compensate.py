@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from fipgeo.basis import inclusion
-from fipgeo.jacobian import JacobianRoot, inner_products
+from fipgeo.jacobian import inner_products
 from fipgeo.linalg import Dense, Diagonal, Gram, LinearOperator, cg, lsmr, trace
 from fipgeo.model import NotFiniteError
-from fipgeo.paths.kept import Kept, Position
+from fipgeo.paths.protected import Position, Protected
 
 MAX_ROWS = 2048
 """Up to so many embedded outputs R_F R_F^T is factored."""
@@ -46,7 +46,8 @@ class Compensation:
     """The least-squares moves at one position.
 
     Args:
-        kept: The protected inputs that make the rows of R.
+        kept: The protected function whose derivative is R: that of protected inputs (`Kept`), a sketch of a metric,
+            or several of them (`Several`).
         position: Where R is taken.
         free: Boolean `[D]`, the weights that may move.
         damping: mu as a multiple of the mean non-zero eigenvalue of g_FF; 0 for the null-space limit, `math.inf` or
@@ -70,7 +71,7 @@ class Compensation:
 
     def __init__(
         self,
-        kept: Kept,
+        kept: Protected,
         position: Position,
         free: Tensor,
         *,
@@ -80,7 +81,8 @@ class Compensation:
         max_iters: int = 30,
         max_bytes: int = 2**30,
     ) -> None:
-        self.root = JacobianRoot(kept.at(position), position.theta, max_bytes=max_bytes, survey=kept.survey)
+        self.tangent = kept.tangent(position, max_bytes)
+        self.root = self.tangent.root
         self.kept, self.num_examples, self.max_iters = kept, kept.num_examples, max_iters
         self.rtol = 10 * self.root.shape[0] ** 0.5 * torch.finfo(self.root.dtype).eps if rtol is None else rtol
         self.free, self.preconditioner = free, preconditioner
@@ -88,23 +90,22 @@ class Compensation:
         self.normal: Tensor | None = None
         self._eigen: tuple[Tensor, Tensor] | None = None
         columns = self._columns(max_bytes)
-        self.cost = 2.0 * kept.survey.num_rows if columns is not None else 16.0 * kept.num_examples
+        self.cost = self.tangent.cost(columns=columns is not None)
         if columns is not None:
-            self.masked: LinearOperator = Dense(columns) @ inclusion(kept.function.map.space, free).T
+            self.masked: LinearOperator = Dense(columns) @ inclusion(kept.space, free).T
             total = float(torch.linalg.vector_norm(columns, dim=1).double().square().sum())
             if len(columns) <= MAX_ROWS:
                 self.gram = inner_products(columns, columns, single=True)
             elif columns.shape[1] <= MAX_COLUMNS:
                 self.normal = inner_products(across := columns.T.contiguous(), across, single=True)
         else:
-            self.masked = self.root.prepare() @ Diagonal(free.to(position.theta.dtype))
+            self.masked = self.tangent.prepare() @ Diagonal(free.to(position.theta.dtype))
             total = float(trace(Gram(self.masked), num_products=4).value)
         if not math.isfinite(total):
             raise NotFiniteError(
                 "model: the derivative of its outputs is NaN or infinite, so there is no metric to step in"
             )
-        rows = kept.survey.num_rows - kept.survey.lost
-        self.scale = total / self.num_examples / max(min(rows, int(free.sum())), 1)
+        self.scale = total / self.num_examples / max(min(self.tangent.rank_bound, int(free.sum())), 1)
         self.damped(damping)
 
     def _columns(self, max_bytes: int) -> Tensor | None:
@@ -112,7 +113,7 @@ class Compensation:
         few, (num_rows, dim) = int(self.free.sum()), self.root.shape
         width = few if MAX_ROWS < num_rows and few <= MAX_COLUMNS else dim  # many rows are of use to the few only
         fits = num_rows * width * self.root.dtype.itemsize <= max_bytes
-        return self.root.chosen(self.free).matrix if fits else None
+        return self.tangent.columns(self.free) if fits else None
 
     def damped(self, damping: float | None) -> Compensation:
         """The same moves under another damping; rows, their Gram matrix and its eigenvalues are shared.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -13,21 +13,17 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from fipgeo.data import ListBatches, TensorBatches
-from fipgeo.jacobian import EmbeddedOutputs, Survey
-from fipgeo.model import NotFiniteError
+from fipgeo.jacobian import EmbeddedOutputs, JacobianRoot, Survey
+from fipgeo.linalg import LinearOperator
 from fipgeo.outputs import over_entries
+from fipgeo.paths.protected import Position, Protected, Tangent
 from fipgeo.paths.taps import TappedOutputs, Taps, tapped_outputs
+from fipgeo.space import WeightSpace
+
+__all__ = ["Kept", "Part", "Position", "Recomputed"]
 
 MAX_BYTES = 2**29
 """Most memory for outputs and hidden outputs at the start of a path."""
-
-
-@dataclass(frozen=True, eq=False)
-class Position:
-    """Where a path stands: the flat weights `[D]` and the normalisation statistics that it has moved."""
-
-    theta: Tensor
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Part(NamedTuple):
@@ -78,7 +74,7 @@ class Recomputed(Sequence[Tensor]):
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class Kept(Protected):
     """|z(theta) - z(theta_0)|^2 on the protected inputs: what correctors make small again.
 
     Masked positions are zero in both, so a path does not depend on padding, as long as the protected inputs are at most
@@ -158,9 +154,24 @@ class Kept:
         return self._tapped[key]
 
     @property
+    def space(self) -> WeightSpace:
+        """The model's weight space."""
+        return self.function.map.space
+
+    @property
     def num_examples(self) -> int:
         """N."""
         return sum(n for n, _ in self.shapes)
+
+    @property
+    def num_rows(self) -> int:
+        """N times M: embedded outputs, masked ones included."""
+        return sum(n * width for n, width in self.shapes)
+
+    @property
+    def cost(self) -> float:
+        """Model evaluations of one residual: one an input."""
+        return float(self.num_examples)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -196,12 +207,9 @@ class Kept:
         parts = [function.embedded(f, batch) - z0 for (batch, f), z0 in found]
         return torch.cat([part.reshape(-1) for part in parts])
 
-    def loss(self, position: Position) -> float:
-        """Mean over inputs of |z(theta) - z(theta_0)|^2; infinite where outputs are not finite."""
-        try:
-            return float(self.residual(position).double().square().sum()) / self.num_examples
-        except NotFiniteError:
-            return float("inf")
+    def tangent(self, position: Position, max_bytes: int = 2**30) -> Tangent:
+        """The Jacobian of the embedded outputs, `[N * M, D]`."""
+        return JacobianTangent(JacobianRoot(self.at(position), position.theta, max_bytes=max_bytes, survey=self.survey))
 
     def gap(self, function: EmbeddedOutputs, outputs: tuple[Tensor, ...], part: Part) -> Tensor:
         """Mean over a minibatch of |z - z_0|^2, a scalar that can be differentiated.
@@ -272,6 +280,35 @@ class Kept:
     @cached_property
     def _joined_live(self) -> Tensor | None:
         return None if self.live is None else torch.cat(tuple(self.live))
+
+
+class JacobianTangent(Tangent):
+    """The Jacobian of embedded outputs as steps use it.
+
+    Args:
+        root: The Jacobian.
+    """
+
+    def __init__(self, root: JacobianRoot) -> None:
+        self.jacobian = root
+        self.rank_bound = root.rank_bound
+
+    @property
+    def root(self) -> LinearOperator:
+        """R by whichever engine has paid so far."""
+        return self.jacobian
+
+    def columns(self, free: Tensor) -> Tensor:
+        """R_F as rows; the other columns are never all in memory."""
+        return self.jacobian.chosen(free).matrix
+
+    def prepare(self) -> LinearOperator:
+        """R by the engine that pays for many products."""
+        return self.jacobian.prepare()
+
+    def cost(self, *, columns: bool) -> float:
+        """Two evaluations a row, or sixteen an input for products."""
+        return 2.0 * self.jacobian.shape[0] if columns else 16.0 * self.jacobian.survey.num_examples
 
 
 def live_entries(function: EmbeddedOutputs, outputs: tuple[Tensor, ...], batch: Any) -> Tensor:
