@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fipgeo import basis, linalg, outputs, shrink
 from fipgeo.data import as_batches
 from fipgeo.field import MetricField, metric
+from fipgeo.heads import grow_head
 from fipgeo.jacobian import Sketched, sketch_error, sketch_trace
 from fipgeo.linalg import Density, LinearOperator, Outcome, Solution, Spectrum, principal_angles
 from fipgeo.metrics import Metric
@@ -44,6 +45,7 @@ from fipgeo.paths import (
 )
 from fipgeo.shrink import as_masks, channel_groups, to_dense_, to_prune_
 from fipgeo.space import WeightSpace
+from fipgeo.tasks import AccuracyMatrix
 
 if TYPE_CHECKING:
     from fipgeo import plotting
@@ -54,6 +56,7 @@ except PackageNotFoundError:  # running from a folder that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AccuracyMatrix",
     "Bernoulli",
     "Blocks",
     "Categorical",
@@ -97,6 +100,7 @@ __all__ = [
     "basis",
     "changed_upper_bound",
     "channel_groups",
+    "grow_head",
     "linalg",
     "metric",
     "outputs",

@@ -15,10 +15,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A unit (a module or a folder directly in fipgeo) imports from itself and from levels above its own line.
 LEVELS = [
-    {"linalg", "io", "trees"},
+    {"linalg", "io", "trees", "tasks"},
     {"space", "outputs", "data"},
     {"basis", "model"},
-    {"jacobian", "shrink"},
+    {"jacobian", "shrink", "heads"},
     {"metrics"},
     {"field"},
     {"paths"},

@@ -15,12 +15,15 @@ from fipgeo.plotting.layers import plot_layer_sparsity
 from fipgeo.plotting.path import PathRecord, plot_path
 from fipgeo.plotting.spectrum import SpectrumRecord, plot_spectrum
 from fipgeo.plotting.svg import figure_svg
+from fipgeo.plotting.tasks import AccuracyRecord, plot_accuracy
 
 __all__ = [
+    "AccuracyRecord",
     "DensityRecord",
     "PathRecord",
     "SpectrumRecord",
     "figure_svg",
+    "plot_accuracy",
     "plot_density",
     "plot_layer_sparsity",
     "plot_path",
