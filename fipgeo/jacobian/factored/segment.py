@@ -59,7 +59,8 @@ class Segment:
             size = len(self.matrix) * mask.shape[1] * self.matrix.itemsize
             entries = mask.any(1).nonzero()[:, 0].split(max(BLOCK_BYTES // (4 * size), 1))
             some = [block.rows(index)[:, mask[index].reshape(-1)] for index in entries if len(index)]
-            parts[where.start] = torch.cat([self.matrix[:, :0], *some], 1)
+            found = torch.cat([self.matrix[:, :0], *some], 1)
+            parts[where.start] = parts[where.start] + found if where.start in parts else found  # uses add up
         return torch.cat([parts[key] for key in sorted(parts)], 1)
 
     def adjoint(self, y: Tensor, out: Tensor, *, add: bool = True) -> None:
