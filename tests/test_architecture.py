@@ -22,6 +22,7 @@ LEVELS = [
     {"metrics"},
     {"field"},
     {"paths"},
+    {"optim"},
 ]
 ALONE = {"plotting"}  # imports nothing of ours, except for annotations; ours import it only inside a method
 LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units}
