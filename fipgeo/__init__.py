@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fipgeo import basis, linalg, optim, outputs, shrink
+from fipgeo import basis, linalg, memory, optim, outputs, shrink
 from fipgeo.data import as_batches
 from fipgeo.field import MetricField, metric
 from fipgeo.heads import grow_head
@@ -102,6 +102,7 @@ __all__ = [
     "channel_groups",
     "grow_head",
     "linalg",
+    "memory",
     "metric",
     "optim",
     "outputs",

@@ -22,6 +22,7 @@ LEVELS = [
     {"metrics"},
     {"field"},
     {"paths"},
+    {"memory"},
     {"optim"},
 ]
 ALONE = {"plotting"}  # imports nothing of ours, except for annotations; ours import it only inside a method

@@ -1,0 +1,5 @@
+"""What is remembered of earlier tasks: inputs worth keeping, or a sketch of the metric in place of inputs."""
+
+from fipgeo.memory.sketch import Sketch
+
+__all__ = ["Sketch"]
