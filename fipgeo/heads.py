@@ -95,9 +95,11 @@ def _rows(old: Tensor, more: int, init: str, std: float, generator: torch.Genera
 
 def _found(model: nn.Module, name: str | None, inputs: Any) -> str:
     """The name of the layer that makes the outputs."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    once = {id(m): n for n, m in reversed(modules.items())}
     # the projection inside nn.MultiheadAttention is a subclass that is never called as a module
-    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) and "NonDynamically" not in type(m).__name__]
+    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) and once[id(m)] == n]
+    linear = [n for n in linear if "NonDynamically" not in type(modules[n]).__name__]
     known = ", ".join(repr(n) for n in linear) or "none"
     if name is not None:
         if not isinstance(modules.get(name), nn.Linear):

@@ -1,0 +1,285 @@
+"""New tasks without forgetting the old: accuracy on both, beside what people use today.
+
+    python -m benchmarks.learn                                             all that is not on record yet
+    python -m benchmarks.learn --settings mnist_fashion --methods fipgeo "KD replay" --seeds 0 1 2
+    python -m benchmarks.learn --settings mnist_fashion --methods fipgeo --ours "epochs=6,lr=0.05"
+    python -m benchmarks.learn --tune --settings mnist_fashion             options of the baselines
+    python -m benchmarks.learn --plan                                      what would be run, and nothing else
+
+`benchmarks.streams` says what the settings are. A cell is (setting, kept inputs, method, seed); those on record are
+skipped unless --again is given, and each is written when it is done, so that a run can be broken off and several can
+share the work. Every method has the same start, the same new data, the same kept inputs without labels (DER++ alone is
+given those) and at most the same number of minibatches; one head serves all tasks, and accuracy is that of its largest
+output on all test images of a task. Options of baselines are chosen on training images that are held out of a shorter
+run with seed 0 (--tune), and written to learn_rates.json; where nothing was measured, `OPTIONS` holds.
+
+Records go to benchmarks/results/learn.json: old_accuracy is the mean over all tasks but the last after the last,
+new_accuracy that on the last, average_accuracy the mean over all, average_forgetting that of
+`fipgeo.AccuracyMatrix`, all in per cent; matrix is the whole record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import fipgeo
+from benchmarks.anchors import EWC, GPM, LoRA, LoRAReplay, LwF
+from benchmarks.learners import DER, DERpp, Distilled, Joint, Learner, Lesson, Memory, PublishedFIP, outputs
+from benchmarks.records import RESULTS, read, write
+from benchmarks.streams import SETTINGS, MissingError, Stream, grown, load
+
+OURS = "fipgeo"
+FIGURES = ("old_accuracy", "new_accuracy", "average_accuracy", "average_forgetting")
+TUNING = 0.25
+"""Share of the minibatches that options are chosen with."""
+
+METHODS: dict[str, Callable[..., Learner]] = {
+    "fine-tuning": Learner,
+    "FIP replay (published)": PublishedFIP,
+    "KD replay": Distilled,
+    "DER++ (buffer labels)": DERpp,
+    "joint training": Joint,
+    "EWC": EWC,
+    "GPM": GPM,
+    "LoRA": LoRA,
+    "LoRA + KD replay": LoRAReplay,
+    "DER": DER,
+    "LwF": LwF,
+}
+
+OPTIONS: dict[str, dict[str, float]] = {
+    "KD replay": {"weight": 3.0},
+    "LoRA + KD replay": {"weight": 3.0},
+}
+"""Where they differ from a learner's own defaults."""
+
+RATES = {"sgd": (0.003, 0.01, 0.03), "adamw": (1e-4, 3e-4, 1e-3)}
+WEIGHTS: dict[str, dict[str, tuple[float, ...]]] = {
+    "KD replay": {"weight": (1.0, 10.0)},
+    "LoRA + KD replay": {"weight": (1.0, 10.0)},
+    "EWC": {"weight": (10.0, 100.0, 1000.0)},
+    "LwF": {"weight": (1.0, 10.0)},
+    "GPM": {"energy": (0.97, 0.995)},
+    "DER": {"weight": (0.1, 0.5)},
+    "DER++ (buffer labels)": {"weight": (0.1, 0.5)},
+}
+"""What is tried beside learning rates."""
+
+
+class Cell(NamedTuple):
+    """One run to be measured."""
+
+    setting: str
+    kept: int | None
+    method: str
+    seed: int
+
+    def case(self, stream: Stream) -> str:
+        """Its name on record."""
+        return f"{self.setting}/kept={stream.kept}"
+
+
+class Ours(Learner):
+    """The library's own method."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def learn(self, lesson: Lesson) -> nn.Module:
+        """See `fipgeo_learn`."""
+        model, self.at["notes"] = fipgeo_learn(lesson, **self.options)
+        return model
+
+
+def fipgeo_learn(lesson: Lesson, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """One task by the library: the network after it, and figures for the record.
+
+    Options are those of `fipgeo.adapt`; epochs may not go beyond the budget of minibatches.
+    """
+    asked = {"epochs": lesson.passes, "batch_size": lesson.batch, "generator": lesson.seed} | options
+    if asked["epochs"] > lesson.passes + 1e-9:
+        raise ValueError(f"epochs: got {asked['epochs']}, expected at most {lesson.passes:g}, as for all methods")
+    keep = lesson.memory.x
+    path = fipgeo.adapt(lesson.model, (lesson.task.x, lesson.task.y), cross_entropy, keep=keep, **asked)
+    notes = {"passes": asked["epochs"], "forwards": path[-1].cost, "outcome": path.outcome, "drift": path[-1].drift}
+    return path[-1].apply_(copy.deepcopy(lesson.model)), notes
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parsed(arguments)
+    torch.set_num_threads(args.threads)
+    begun, failed = time.perf_counter(), 0
+    for cell in cells(args):
+        if time.perf_counter() - begun > args.limit:
+            break
+        if args.plan:
+            print(cell.setting, cell.method, f"seed {cell.seed}", sep="  ")
+            continue
+        try:
+            (tune if args.tune else measure)(cell, args)
+        except MissingError as missing:
+            print(f"skipped: {missing}", flush=True)
+        except Exception as error:  # the other cells do not depend on it
+            failed += 1
+            print(f"{cell.setting}  {cell.method}  {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    if failed:
+        sys.exit(f"{failed} cells failed")
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", default=[OURS, *METHODS], choices=[OURS, *METHODS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--kept", type=int, help="inputs kept, instead of the setting's own number")
+    parser.add_argument("--ours", type=options_of, default={}, help="options of fipgeo, as in epochs=6,lr=0.05")
+    parser.add_argument("--name", help="of fipgeo's record, instead of one made of its options")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="no cell begins after so many seconds")
+    parser.add_argument("--share", type=float, help="of the minibatches; 1, and 0.25 with --tune")
+    parser.add_argument("--again", action="store_true", help="measure what is on record too")
+    parser.add_argument("--plan", action="store_true", help="print the cells and stop")
+    parser.add_argument("--tune", action="store_true", help="choose the options of the baselines, with the first seed")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
+    args = parser.parse_args(arguments)
+    args.share = args.share or (TUNING if args.tune else 1.0)
+    return args
+
+
+def options_of(text: str) -> dict[str, Any]:
+    """Options from `key=value,key=value`; a value is a Python literal, or a word."""
+    call = ast.parse(f"f({text})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    return {
+        str(k.arg): k.value.id if isinstance(k.value, ast.Name) else ast.literal_eval(k.value) for k in call.keywords
+    }
+
+
+def cells(args: argparse.Namespace) -> Iterator[Cell]:
+    """In the order of seeds, settings, methods."""
+    for seed, setting, method in product(args.seeds[: 1 if args.tune else None], args.settings, args.methods):
+        yield Cell(setting, args.kept, method, seed)
+
+
+def named(cell: Cell, args: argparse.Namespace) -> str:
+    """The method's name on record: fipgeo's says what options it was given."""
+    if cell.method != OURS:
+        return cell.method
+    return args.name or ", ".join([OURS, *(f"{key}={value}" for key, value in args.ours.items())])
+
+
+def stream_of(cell: Cell) -> Stream:
+    stream = load(cell.setting, cell.seed)
+    return stream if cell.kept is None else replace(stream, kept=cell.kept)
+
+
+def measure(cell: Cell, args: argparse.Namespace) -> None:
+    """Run one cell and write what came out, unless it is on record."""
+    name, stream = named(cell, args), stream_of(cell)
+    case = cell.case(stream)
+    known = {(r["case"], r["method"], r["seed"]) for r in read("learn", args.folder)}
+    if (case, name, cell.seed) in known and not args.again:
+        return
+    options = args.ours if cell.method == OURS else options_for(cell.method, stream, case, args.folder)
+    learner = Ours(**options) if cell.method == OURS else METHODS[cell.method](**options)
+    found, notes = run(stream, learner, cell.seed, args.share)
+    base = {"case": case, "method": name, "unit": "%", "seed": cell.seed} | notes
+    base |= {"options": options, "matrix": found.to_dict()}
+    values = figures(found)
+    write("learn", [base | {"figure": key, "value": round(100 * values[key], 2)} for key in FIGURES], args.folder)
+    line = "  ".join(f"{key.replace('_', ' ')} {100 * values[key]:6.2f}" for key in FIGURES)
+    print(f"{case:<28} {name:<28} seed {cell.seed}  {line}  {notes['seconds']:.0f} s", flush=True)
+
+
+def run(
+    stream: Stream, learner: Learner, seed: int, share: float = 1.0
+) -> tuple[fipgeo.AccuracyMatrix, dict[str, Any]]:
+    """Every task of a stream in order: the accuracies, and CPU seconds, minibatches and passes of learning alone."""
+    model, memory = stream.start, Memory.empty(stream.tasks[0])
+    matrix = fipgeo.AccuracyMatrix.of([task.name for task in stream.tasks])
+    notes: dict[str, Any] = {"seconds": 0.0, "steps": 0, "passes": stream.passes * share}
+    for place, task in enumerate(stream.tasks):
+        begun = time.process_time()
+        if place:
+            steps = max(round(share * stream.steps(task)), 1)
+            ready = grown(model, stream.head, task.outputs)
+            earlier = stream.tasks[:place]
+            lesson = Lesson(
+                ready, model, task, memory, earlier, steps, stream.batch, stream.optimizer, stream.head, seed
+            )
+            model = learner.learn(lesson)
+            notes["steps"] += steps
+        if place + 1 < len(stream.tasks):
+            learner.remember(model, task, seed)
+        notes["seconds"] += time.process_time() - begun
+        matrix = matrix.after([accuracy(model, seen.x_test, seen.y_test) for seen in stream.tasks[: place + 1]])
+        if place + 1 < len(stream.tasks):
+            memory = memory.adding(model, task, stream.kept_of(task), seed)
+    return matrix, notes | learner.at.get("notes", {}) | {"seconds": round(notes["seconds"], 1)}
+
+
+def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Share of inputs whose largest output is their label's."""
+    return float(outputs(model, x).argmax(1).eq(y).double().mean())
+
+
+def figures(found: fipgeo.AccuracyMatrix) -> dict[str, float]:
+    """What a cell comes to, as shares."""
+    last = found.values[-1]
+    values = {"old_accuracy": float(last[:-1].mean()), "new_accuracy": float(last[-1])}
+    return values | {
+        "average_accuracy": found.average_accuracy(),
+        "average_forgetting": found.average_forgetting(),
+    }
+
+
+def grid(method: str, stream: Stream) -> list[dict[str, float]]:
+    """Options that are tried for a method."""
+    axes = {"rate": RATES[stream.optimizer], **WEIGHTS.get(method, {})}
+    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+
+
+def options_for(method: str, stream: Stream, case: str, folder: Path) -> dict[str, float]:
+    """The best options that were measured for a case, else the defaults."""
+    tried = [r for r in read("learn_rates", folder) if (r["case"], r["family"]) == (case, method)]
+    if tried:
+        return max(tried, key=lambda r: r["value"])["options"]
+    rate = {} if stream.optimizer == "sgd" else {"rate": RATES["adamw"][1]}
+    return rate | OPTIONS.get(method, {})
+
+
+def tune(cell: Cell, args: argparse.Namespace) -> None:
+    """Average accuracy on held-out training data after a shorter run, for every option of the grid."""
+    if cell.method == OURS:
+        return
+    stream = stream_of(cell)
+    case = cell.case(stream)
+    stream = replace(stream, tasks=[task.for_tuning() for task in stream.tasks])
+    known = {(r["case"], r["method"]) for r in read("learn_rates", args.folder)}
+    for options in grid(cell.method, stream):
+        name = ", ".join([cell.method, *(f"{key}={value:g}" for key, value in options.items())])
+        if (case, name) in known and not args.again:
+            continue
+        found, notes = run(stream, METHODS[cell.method](**options), cell.seed, args.share)
+        value = round(100 * found.average_accuracy(), 2)
+        record = {"case": case, "method": name, "figure": "average_accuracy", "value": value, "unit": "%", "seed": 0}
+        write("learn_rates", [record | {"family": cell.method, "options": options} | notes], args.folder)
+        print(f"{case:<28} {name:<44} {value:6.2f} %  {notes['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
