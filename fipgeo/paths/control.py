@@ -8,19 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepControl:
-    """Proportional-integral control of the step size, as in an ODE solver with an embedded error estimate.
+    """Step-size control as in an ODE solver with an embedded error estimate.
 
     The error e of a step is the drift it added, or its distance from what the tangent model had predicted if that is
     larger: the difference of predictor and corrector is what a solver with a predictor takes for its local error
     (Milne's device; Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, 1993, section III.1). Both
     grow with the square of the size h, so that a step is followed by one of size
 
-        h * clip((tolerance / e)^0.35 * (e_before / tolerance)^0.2, 1/2, 3/2)      within [smallest, largest]
+        h * clip((tolerance / e)^0.5, 1/2, 3/2)      within [smallest, largest].
 
-    (Gustafsson, Control Theoretic Techniques for Stepsize Selection, 1991: 0.7 / 2 and 0.4 / 2 for an error of second
-    order), and the first one by h * clip((tolerance / e)^0.5, 1/2, 3/2). A step is refused, and tried again at half its
-    size, if it leaves the budget or adds more than `refuse` tolerances; at the smallest size only the budget can
-    refuse.
+    A step is refused, and tried again at half its size, if it leaves the budget or adds more than `refuse` tolerances;
+    at the smallest size only the budget can refuse.
 
     Attributes:
         initial: Size of the first step.
@@ -69,8 +67,7 @@ class StepControl:
         """The size to try after a refusal."""
         return max(size / 2, self.smallest)
 
-    def following(self, size: float, *, error: float, before: float | None = None) -> float:
-        """The size of the step after an accepted one, from its error and that of the step before it."""
-        here = error / self.tolerance
-        factor = here**-0.5 if before is None else here**-0.35 * (before / self.tolerance) ** 0.2
+    def following(self, size: float, *, error: float) -> float:
+        """The size of the step after an accepted one, from its error."""
+        factor = (self.tolerance / error) ** 0.5
         return min(max(size * min(max(factor, 0.5), 1.5), self.smallest), self.largest)

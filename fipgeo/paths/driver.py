@@ -237,8 +237,7 @@ class _Walker:
         if self.method.store == "last" and last.step > begin and not self.objective.landmark(self.state.objective):
             self.points[-1] = replace(last, tensors=None)
         self.points.append(point)
-        size = self.method.control.following(self.state.size, error=error, before=self.state.error)
-        self.state = replace(tried, size=size, error=error)
+        self.state = replace(tried, size=self.method.control.following(self.state.size, error=error))
 
     def refused(self, tried: PathState) -> str:
         """Go back and make the step smaller; the outcome if it cannot be."""

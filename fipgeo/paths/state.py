@@ -23,7 +23,6 @@ class PathState:
         objective: The objective's state.
         corrector: The corrector's state.
         drift: Drift on the control inputs at this position.
-        error: Error of the last step, for the control of the next; None before the first.
         cost: Model evaluations so far.
         seconds: Wall time so far.
     """
@@ -34,13 +33,12 @@ class PathState:
     objective: Mapping[str, Tensor] = field(default_factory=dict)
     corrector: Mapping[str, Tensor] = field(default_factory=dict)
     drift: float = 0.0
-    error: float | None = None
     cost: float = 0.0
     seconds: float = 0.0
 
     def flat(self) -> dict[str, Any]:
         """Tensors and plain values by name."""
-        out: dict[str, Any] = {key: getattr(self, key) for key in ("size", "drift", "error", "cost", "seconds")}
+        out: dict[str, Any] = {key: getattr(self, key) for key in ("size", "drift", "cost", "seconds")}
         out |= {"theta": self.position.theta, "start": self.start.theta}
         groups = {"buffers": self.position.buffers, "start_buffers": self.start.buffers}
         groups |= {"objective": self.objective, "corrector": self.corrector}
@@ -58,5 +56,5 @@ class PathState:
             start=Position(flat["start"].to(device), group("start_buffers")),
             objective=group("objective"),
             corrector=group("corrector"),
-            **{key: flat[key] for key in ("size", "drift", "error", "cost", "seconds")},
+            **{key: flat[key] for key in ("size", "drift", "cost", "seconds")},
         )
