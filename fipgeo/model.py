@@ -214,7 +214,7 @@ class OutputMap:
                     " BatchNorm statistics need larger batches"
                 )
             mean, var = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
-            batch_norm(x, mean, var, training=True, momentum=1.0)  # several times faster than x.mean and x.var
+            batch_norm(x, mean, var, training=True, momentum=1.0)  # one call that takes less time than x.mean and x.var
             for key, value in {"running_mean": mean, "running_var": var}.items():
                 full = f"{name}.{key}".lstrip(".")
                 old = found.get(full, torch.zeros_like(value))

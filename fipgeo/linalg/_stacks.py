@@ -38,7 +38,7 @@ def scaled(factors: Tensor, x: Tensor) -> Tensor:
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
     """All products `x y^T` of `[j, n]` and `[k, n]`, `[j, k]`, sums of column blocks added in float64."""
-    if len(x) > len(y):  # matrix products are several times faster with the short side on the left
+    if len(x) > len(y):  # for a few rows, products are no slower with the short side on the left
         return inner(y, x).T
     dtype = wide(x.device)
     if x.dtype == dtype:
