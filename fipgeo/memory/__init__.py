@@ -1,5 +1,6 @@
 """What is remembered of earlier tasks: inputs worth keeping, or a sketch of the metric in place of inputs."""
 
+from fipgeo.memory.buffer import select
 from fipgeo.memory.sketch import Sketch
 
-__all__ = ["Sketch"]
+__all__ = ["Sketch", "select"]
