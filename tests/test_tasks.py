@@ -103,6 +103,12 @@ def test_the_picture_holds_every_share_and_frames_what_was_learned() -> None:
         found.plot(ax)
 
 
+def test_long_names_are_turned_and_short_ones_are_not() -> None:
+    for name, turned in [("t", 0), ("a task with a long name", 30)]:
+        record = AccuracyMatrix(drawn(2, 4, 4), [f"{name} {k}" for k in range(4)])
+        assert {text.get_rotation() for text in record.plot(blank()).get_xticklabels()} == {turned}
+
+
 def test_numbers_are_readable_on_any_colour_and_new_figures_fit() -> None:
     ax = plot_accuracy([[0.02, 0.5], [0.6, 0.99]], cmap="viridis", ax=blank())
     (image,) = ax.images

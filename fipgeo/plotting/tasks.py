@@ -70,6 +70,10 @@ def plot_accuracy(record: AccuracyRecord | Any, *, ax: Axes | None = None, **kwa
     ax.set_xticks(range(values.shape[1]), labels=names)
     ax.set_yticks(range(len(values)), labels=names[: len(values)])
     ax.tick_params(length=0)
+    room = ax.get_window_extent().width * 72 / ax.figure.dpi / values.shape[1]  # points a column
+    if 0.62 * matplotlib.rcParams["font.size"] * max(map(len, names)) > room:
+        for text in ax.get_xticklabels():
+            text.set(rotation=30, horizontalalignment="right", rotation_mode="anchor")
     for spine in ax.spines.values():
         spine.set_visible(False)
     label_axes(ax, "accuracy on (%)", "after learning")
