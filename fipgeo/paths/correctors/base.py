@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fipgeo.model import NotFiniteError
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.kept import Kept, Position
 
@@ -56,3 +57,20 @@ class Corrector(ABC):
         Returns:
             The corrected position, the state for the next correction, and the model evaluations spent.
         """
+
+
+def settled(kept: Kept, position: Position) -> tuple[Position, float, float]:
+    """The position with its own BatchNorm statistics or with re-estimated ones, whichever keeps the outputs better.
+
+    Returns:
+        The position, its loss, and the model evaluations spent.
+    """
+    loss, cost = kept.loss(position), float(kept.num_examples)
+    if not kept.function.map.normalisers:
+        return position, loss, cost
+    try:
+        other = kept.renormalised(position)
+    except NotFiniteError:
+        return position, loss, cost
+    now = kept.loss(other)
+    return (other, now, 3 * cost) if now < loss else (position, loss, 3 * cost)

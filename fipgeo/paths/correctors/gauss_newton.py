@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fipgeo.paths.compensate import MAX_COLUMNS, Compensation
-from fipgeo.paths.correctors.base import Correction, Corrector, State
+from fipgeo.paths.correctors.base import Correction, Corrector, State, settled
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.precondition import LayerPreconditioner
 from fipgeo.paths.taps import Taps
@@ -70,13 +70,7 @@ class GaussNewton(Corrector):
         """Solve, check on all protected inputs, adapt the damping (see `Corrector.correct`)."""
         plain, kept = kept, kept.tapped(self.taps, self.tap_weight, self.tap_width)
         damping = float(state.get("damping", torch.tensor(self.damping)))
-        loss, cost = kept.loss(position), float(kept.num_examples)
-        if kept.function.map.normalisers:
-            renormalised = kept.renormalised(position)
-            now = kept.loss(renormalised)
-            cost += 2 * kept.num_examples
-            if now < loss:
-                position, loss = renormalised, now
+        position, loss, cost = settled(kept, position)
         if moves is not None:
             tried = replace(position, theta=position.theta + moves(moves.kept.residual(position)))
             now = kept.loss(tried)

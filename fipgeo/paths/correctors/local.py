@@ -21,9 +21,8 @@ from torch import Tensor
 
 from fipgeo.data import TensorBatches
 from fipgeo.linalg import Function, cg
-from fipgeo.model import NotFiniteError
 from fipgeo.paths.compensate import Compensation
-from fipgeo.paths.correctors.base import Correction, Corrector, State
+from fipgeo.paths.correctors.base import Correction, Corrector, State, settled
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.layers import MAX_BYTES, Call, LayerGram, Moments, Targets, layer_grams, mask_of, owned, watch
 
@@ -77,7 +76,7 @@ class LayerLocal(Corrector):
             cost += spent
             for share in (1.0, 0.5, 0.25):
                 theta = torch.where(free, position.theta + share * (aim - position.theta), position.theta)
-                tried, now, spent = _settled(kept, replace(position, theta=theta))
+                tried, now, spent = settled(kept, replace(position, theta=theta))
                 cost += spent
                 if now < loss:
                     position, loss, damping = tried, now, max(damping * (0.5 if share == 1 else 1.0), 1e-6)
@@ -266,16 +265,3 @@ def _added(kept: Kept, theta: Tensor, steps: Mapping[str, Tensor]) -> Tensor:
     zero = space.unravel(torch.zeros_like(theta))
     named = {name: steps[name].to(theta.dtype) if name in steps else t for name, t in zero.items()}
     return theta + space.ravel(named)
-
-
-def _settled(kept: Kept, position: Position) -> tuple[Position, float, float]:
-    """The position with its own statistics or with re-estimated ones, whichever keeps the outputs better; its loss."""
-    loss, cost = kept.loss(position), float(kept.num_examples)
-    if not kept.function.map.normalisers:
-        return position, loss, cost
-    try:
-        other = kept.renormalised(position)
-    except NotFiniteError:
-        return position, loss, cost
-    now = kept.loss(other)
-    return (other, now, 3 * cost) if now < loss else (position, loss, 3 * cost)

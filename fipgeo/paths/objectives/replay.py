@@ -15,7 +15,7 @@ from torch.nn.functional import log_softmax
 
 from fipgeo.model import OutputMap
 from fipgeo.paths.compensate import Compensation
-from fipgeo.paths.correctors import Correction, Corrector
+from fipgeo.paths.correctors.base import Correction, Corrector, settled
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, weight_mask
 from fipgeo.space import Where
@@ -173,6 +173,5 @@ class NoCorrection(Corrector):
         del free, generator, moves
         if not (self.statistics and final and kept.function.map.normalisers):
             return Correction(position, state, 0.0)
-        tried = kept.renormalised(position)
-        better = kept.loss(tried) < kept.loss(position)
-        return Correction(tried if better else position, state, 3.0 * kept.num_examples)
+        better, _, cost = settled(kept, position)
+        return Correction(better, state, cost)
