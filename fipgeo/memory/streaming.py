@@ -7,8 +7,8 @@ What is left out is a sum of positive semi-definite parts, so F^T F <= G = sum o
     |G - F^T F| <= sum_t s_{r+1}^2(t),    |G - F^T F| <= tr G - tr F^T F
 
 hold without a look back. Frequent directions (Liberty 2013; Ghashami et al. 2016) would also subtract s_{r+1}^2 from
-the squares that stay, for a bound that is known beforehand; on Jacobians, whose spectra decay slowly behind few strong
-directions, that gives a sketch with two to three times the error and a third to two thirds of the trace.
+the squares that stay, for a bound that is known beforehand. On Jacobians, whose spectra decay slowly behind few strong
+directions, the sketch would be the worse for it: a larger true error and much less of the trace.
 """
 
 from __future__ import annotations
