@@ -39,7 +39,7 @@ import fipgeo
 from benchmarks.anchors import EWC, GPM, LoRA, LoRAReplay, LwF
 from benchmarks.learners import DER, DERpp, Distilled, Joint, Learner, Lesson, Memory, PublishedFIP, outputs
 from benchmarks.records import RESULTS, read, write
-from benchmarks.streams import SETTINGS, MissingError, Stream, grown, load
+from benchmarks.streams import SETTINGS, MissingError, Stream, Task, grown, load
 
 OURS = "fipgeo"
 FIGURES = ("old_accuracy", "new_accuracy", "average_accuracy", "average_forgetting")
@@ -101,15 +101,29 @@ class Ours(Learner):
 
     def learn(self, lesson: Lesson) -> nn.Module:
         """See `fipgeo_learn`."""
-        model, self.at["notes"] = fipgeo_learn(lesson, **self.options)
+        model, self.at["notes"] = fipgeo_learn(lesson, self.at, **self.options)
         return model
 
+    def remember(self, model: nn.Module, task: Task, seed: int) -> None:
+        """See `fipgeo_remember`."""
+        fipgeo_remember(model, task, seed, self.at, **self.options)
 
-def fipgeo_learn(lesson: Lesson, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+
+def fipgeo_remember(model: nn.Module, task: Task, seed: int, state: dict[str, Any], **options: Any) -> None:
+    """Put into `state` what is to be known of a task just learned, while its data are there; nothing as yet.
+
+    This is where a sketch of the metric is made of a task's inputs; `fipgeo_learn` finds it in the same `state`.
+    """
+    del model, task, seed, state, options
+
+
+def fipgeo_learn(lesson: Lesson, state: dict[str, Any], **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """One task by the library: the network after it, and figures for the record.
 
-    Options are those of `fipgeo.adapt`; epochs may not go beyond the budget of minibatches.
+    Options are those of `fipgeo.adapt`; epochs may not go beyond the budget of minibatches. `state` is that of
+    `fipgeo_remember`.
     """
+    del state
     asked = {"epochs": lesson.passes, "batch_size": lesson.batch, "generator": lesson.seed} | options
     if asked["epochs"] > lesson.passes + 1e-9:
         raise ValueError(f"epochs: got {asked['epochs']}, expected at most {lesson.passes:g}, as for all methods")

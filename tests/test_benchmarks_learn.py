@@ -204,6 +204,24 @@ def test_the_grid_measures_what_is_missing_and_nothing_twice(grid: list[str], tm
     }
 
 
+def test_the_library_may_remember_each_task_and_finds_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def remember(_model: nn.Module, task: Task, _seed: int, state: dict, **options: object) -> None:
+        assert options == {"a": 1}
+        state.setdefault("names", []).append(task.name)
+
+    def learned(given: Lesson, state: dict, **options: object) -> tuple[nn.Module, dict]:
+        assert options == {"a": 1} and [len(task.x) for task in given.earlier] == [40] * len(state["names"])
+        seen.append(list(state["names"]))
+        return given.model, {"passes": 2.0}
+
+    monkeypatch.setattr(learn, "fipgeo_remember", remember)
+    monkeypatch.setattr(learn, "fipgeo_learn", learned)
+    found, notes = learn.run(stream(), learn.Ours(a=1), 0)
+    assert seen == [["pair 0"], ["pair 0", "pair 1"]] and notes["passes"] == 2 and len(found) == 3
+
+
 def test_options_are_the_best_that_were_measured(grid: list[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(learn.WEIGHTS, "EWC", {"weight": (1.0, 2.0)})
     learn.main([*grid, "--tune", "--methods", "fipgeo", "EWC"])
