@@ -89,24 +89,32 @@ class Compensation:
         self.gram: Tensor | None = None
         self.normal: Tensor | None = None
         self._eigen: tuple[Tensor, Tensor] | None = None
-        columns = self._columns(max_bytes)
-        self.cost = self.tangent.cost(columns=columns is not None)
-        if columns is not None:
-            self.masked: LinearOperator = Dense(columns) @ inclusion(kept.space, free).T
-            total = float(torch.linalg.vector_norm(columns, dim=1).double().square().sum())
-            if len(columns) <= MAX_ROWS:
-                self.gram = inner_products(columns, columns, single=True)
-            elif columns.shape[1] <= MAX_COLUMNS:
-                self.normal = inner_products(across := columns.T.contiguous(), across, single=True)
-        else:
-            self.masked = self.tangent.prepare() @ Diagonal(free.to(position.theta.dtype))
-            total = float(trace(Gram(self.masked), num_products=4).value)
+        total = self._held(position, max_bytes)
         if not math.isfinite(total):
             raise NotFiniteError(
                 "model: the derivative of its outputs is NaN or infinite, so there is no metric to step in"
             )
         self.scale = total / self.num_examples / max(min(self.tangent.rank_bound, int(free.sum())), 1)
         self.damped(damping)
+
+    def _held(self, position: Position, max_bytes: int) -> float:
+        """Set up R_F and what is factored of it; returns its squared Frobenius norm, or an estimate."""
+        few = self.root.shape[0] <= MAX_ROWS
+        if few and bool(self.free.all()) and (gram := self.tangent.gram()) is not None:
+            self.masked: LinearOperator = self.tangent.prepare()
+            self.gram, self.cost = gram, self.tangent.cost(columns=True)
+            return float(gram.diagonal().sum())
+        columns = self._columns(max_bytes)
+        self.cost = self.tangent.cost(columns=columns is not None)
+        if columns is None:
+            self.masked = self.tangent.prepare() @ Diagonal(self.free.to(position.theta.dtype))
+            return float(trace(Gram(self.masked), num_products=4).value)
+        self.masked = Dense(columns) @ inclusion(self.kept.space, self.free).T
+        if few:
+            self.gram = inner_products(columns, columns, single=True)
+        elif columns.shape[1] <= MAX_COLUMNS:
+            self.normal = inner_products(across := columns.T.contiguous(), across, single=True)
+        return float(torch.linalg.vector_norm(columns, dim=1).double().square().sum())
 
     def _columns(self, max_bytes: int) -> Tensor | None:
         """R_F `[N * M, |F|]` where it fits: in a sparse network only the free columns are ever held."""

@@ -302,6 +302,10 @@ class JacobianTangent(Tangent):
         """R_F as rows; the other columns are never all in memory."""
         return self.jacobian.chosen(free).matrix
 
+    def gram(self) -> Tensor:
+        """R R^T from what the layers hold, or in parts, whatever D is."""
+        return self.jacobian.gram(single=True)
+
     def prepare(self) -> LinearOperator:
         """R by the engine that pays for many products."""
         return self.jacobian.prepare()

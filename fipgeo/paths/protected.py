@@ -52,6 +52,10 @@ class Tangent(ABC):
     def prepare(self) -> LinearOperator:
         """R, made ready for many products."""
 
+    def gram(self) -> Tensor | None:
+        """R R^T `[K, K]` in float64 where it can be had without R as rows; None where it cannot."""
+        return None
+
     @abstractmethod
     def cost(self, *, columns: bool) -> float:
         """Model evaluations that the columns take, or else an estimate of the trace from products."""

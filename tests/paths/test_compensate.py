@@ -136,6 +136,19 @@ def test_factored_and_iterated_routes_agree(seed: int, damping: float) -> None:
         assert float((found - expected).norm()) < 0.1 * float(expected.norm())
 
 
+@given(SEEDS, DAMPINGS)
+@settings(max_examples=8)
+def test_with_every_weight_free_no_rows_are_needed(seed: int, damping: float) -> None:
+    kept, position, root = setup(seed, hidden=64)
+    free, r, d = torch.ones(root.shape[1], dtype=torch.bool), draw(seed, root.shape[0]), draw(seed + 1, root.shape[1])
+    moves = Compensation(kept, position, free, damping=damping)
+    assert moves.gram is not None and torch.allclose(moves.gram, root @ root.T, atol=1e-9)
+    assert normal_gap(root, 8, free, r, moves(r), moves.mu) < 1e-8
+    system = root.T @ root / 8 + moves.mu * torch.eye(len(d)).double()
+    expected = moves.mu * torch.linalg.solve(system, d)
+    assert float((moves.passed(d) - expected).norm() / expected.norm()) < 1e-7
+
+
 def test_the_estimated_scale_without_rows_is_near_the_exact_one() -> None:
     kept, position, root = setup(3, count=16)
     free = torch.ones(root.shape[1], dtype=torch.bool)

@@ -47,8 +47,10 @@ def test_moves_solve_the_weighted_normal_equations(seed: int, weights: list[floa
     )
     r = draw(seed + 4, len(rows))
     masked = rows * free
-    expected = -torch.linalg.solve(masked.T @ masked + moves.mu * torch.eye(dim).double(), masked.T @ r)
-    assert float((moves(r) - expected).norm() / expected.norm()) < (1e-8 if columns else 1e-2)
+    system, rhs = masked.T @ masked + moves.mu * torch.eye(dim).double(), masked.T @ r
+    expected = -torch.linalg.solve(system, rhs)
+    found = moves(r)  # conjugate gradients stop at a residual of 1e-3
+    assert float((system @ found + rhs).norm() / rhs.norm()) < (1e-8 if columns else 1.1e-3)
     assert float((moves.root(expected) - rows @ expected).norm() / expected.norm()) < 1e-10
 
 
