@@ -163,7 +163,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ours", type=options_of, default={}, help="options of fipgeo, as in epochs=6,lr=0.05")
     parser.add_argument("--name", help="of fipgeo's record, instead of one made of its options")
     parser.add_argument("--limit", type=float, default=float("inf"), help="no cell begins after so many seconds")
-    parser.add_argument("--share", type=float, help="of the minibatches; 1, and 0.25 with --tune")
+    parser.add_argument(
+        "--share", type=float, help="of the minibatches, a part of the case on record; 1, and 0.25 with --tune"
+    )
     parser.add_argument("--again", action="store_true", help="measure what is on record too")
     parser.add_argument("--plan", action="store_true", help="print the cells and stop")
     parser.add_argument("--tune", action="store_true", help="choose the options of the baselines, with the first seed")
@@ -204,11 +206,12 @@ def stream_of(cell: Cell) -> Stream:
 def measure(cell: Cell, args: argparse.Namespace) -> None:
     """Run one cell and write what came out, unless it is on record."""
     name, stream = named(cell, args), stream_of(cell)
-    case = cell.case(stream)
+    setting = cell.case(stream)
+    case = setting if args.share == 1 else f"{setting}/share={args.share:g}"
     known = {(r["case"], r["method"], r["seed"]) for r in read("learn", args.folder)}
     if (case, name, cell.seed) in known and not args.again:
         return
-    options = args.ours if cell.method == OURS else options_for(cell.method, stream, case, args.folder)
+    options = args.ours if cell.method == OURS else options_for(cell.method, stream, setting, args.folder)
     learner = Ours(**options) if cell.method == OURS else METHODS[cell.method](**options)
     found, notes = run(stream, learner, cell.seed, args.share)
     base = {"case": case, "method": name, "unit": "%", "seed": cell.seed} | notes

@@ -197,10 +197,10 @@ def test_the_grid_measures_what_is_missing_and_nothing_twice(grid: list[str], tm
     capsys.readouterr()
     learn.main([*grid, *few])
     assert capsys.readouterr().out == "" and records.read("learn", tmp_path) == found
-    learn.main([*grid, "--methods", "DER", "--kept", "5", "--seeds", "0", "1"])
+    learn.main([*grid, "--methods", "DER", "--kept", "5", "--seeds", "0", "1", "--share", "0.5"])
     assert {(r["case"], r["seed"]) for r in records.read("learn", tmp_path)[12:]} == {
-        ("split_cifar10/kept=5", 0),
-        ("split_cifar10/kept=5", 1),
+        ("split_cifar10/kept=5/share=0.5", 0),
+        ("split_cifar10/kept=5/share=0.5", 1),
     }
 
 
