@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fipgeo import basis, linalg, memory, optim, outputs, shrink
+from fipgeo import basis, linalg, memory, optim, outputs, shrink, tangent
 from fipgeo.data import as_batches
 from fipgeo.field import MetricField, metric
 from fipgeo.heads import grow_head
@@ -45,6 +45,7 @@ from fipgeo.paths import (
 )
 from fipgeo.shrink import as_masks, channel_groups, to_dense_, to_prune_
 from fipgeo.space import WeightSpace
+from fipgeo.tangent import Component, TangentModel, compose, fit_square_, rescaled_square_loss
 from fipgeo.tasks import AccuracyMatrix
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ __all__ = [
     "Categorical",
     "Certificate",
     "Columns",
+    "Component",
     "Cosine",
     "Density",
     "Euclidean",
@@ -92,6 +94,7 @@ __all__ = [
     "Sparsity",
     "Spectrum",
     "StepControl",
+    "TangentModel",
     "WeightSpace",
     "__version__",
     "adapt",
@@ -100,6 +103,8 @@ __all__ = [
     "basis",
     "changed_upper_bound",
     "channel_groups",
+    "compose",
+    "fit_square_",
     "grow_head",
     "linalg",
     "memory",
@@ -108,10 +113,12 @@ __all__ = [
     "outputs",
     "plotting",
     "principal_angles",
+    "rescaled_square_loss",
     "shrink",
     "sketch_error",
     "sketch_trace",
     "sparsify",
+    "tangent",
     "to_dense_",
     "to_prune_",
     "walk",

@@ -142,10 +142,12 @@ class OutputMap:
 
     def call(self, weights: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, ...]:
         """Outputs as a pure, differentiable function of named weights; call it inside `frozen()`."""
+        return output_tensors(self.raw(weights, batch))
+
+    def raw(self, weights: Mapping[str, Tensor], batch: Any) -> Any:
+        """What the module returns, in its own structure, as `call` evaluates it; call it inside `frozen()`."""
         buffers = {n: self.buffers.get(n, b).clone() for n, b in self.module.named_buffers()}
-        return output_tensors(
-            torch.func.functional_call(self._caller, self._swap(weights, buffers), (copied(batch, self.dtype),))
-        )
+        return torch.func.functional_call(self._caller, self._swap(weights, buffers), (copied(batch, self.dtype),))
 
     def tapped(
         self, weights: Mapping[str, Tensor], batch: Any, taps: list[str]

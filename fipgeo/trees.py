@@ -41,6 +41,23 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
+def rebuilt(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same structure of mappings, tuples and lists with every tensor replaced by function(tensor).
+
+    Mappings keep their type, as named tuples do; what is neither a tensor nor a structure stays the object that it is.
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, MutableMapping):
+        out = copy.copy(tree)
+        for key, value in tree.items():
+            out[key] = rebuilt(value, function)
+        return out
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(rebuilt(value, function) for value in tree))
+    return type(tree)(rebuilt(value, function) for value in tree) if isinstance(tree, list | tuple) else tree
+
+
 def copied(batch: Any, dtype: torch.dtype | None = None) -> Any:
     """The batch with its tensors copied, so that a forward that works in place leaves the caller's data alone.
 
@@ -48,16 +65,7 @@ def copied(batch: Any, dtype: torch.dtype | None = None) -> Any:
         batch: Nested mappings, tuples and lists.
         dtype: Of the floating tensors in the copy; None for their own.
     """
-    if isinstance(batch, Tensor):
-        return in_dtype(batch.clone(), dtype)
-    if isinstance(batch, MutableMapping):
-        out = copy.copy(batch)
-        for key, value in batch.items():
-            out[key] = copied(value, dtype)
-        return out
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(copied(value, dtype) for value in batch))
-    return type(batch)(copied(value, dtype) for value in batch) if isinstance(batch, list | tuple) else batch
+    return rebuilt(batch, lambda t: in_dtype(t.clone(), dtype))
 
 
 FEW = 2

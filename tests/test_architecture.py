@@ -21,7 +21,7 @@ LEVELS = [
     {"jacobian", "shrink", "heads"},
     {"metrics"},
     {"field"},
-    {"paths"},
+    {"paths", "tangent"},
     {"memory"},
     {"optim"},
 ]

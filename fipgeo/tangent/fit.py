@@ -1,0 +1,137 @@
+"""The best tau for square loss, without epochs or learning rates: one linear system, solved to a stated gap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fipgeo.data import as_batches
+from fipgeo.jacobian import MAX_BYTES, EmbeddedOutputs, JacobianRoot
+from fipgeo.linalg import Gram, Outcome, cg
+from fipgeo.model import ForwardFn, OutputFn, OutputMap
+from fipgeo.outputs import Euclidean
+from fipgeo.tangent.losses import scaled_targets
+from fipgeo.tangent.model import TangentModel
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a fit ended.
+
+    Attributes:
+        objective: Loss and ridge together at the tau that was found.
+        gap: No tau has an objective below `objective - gap`; measured at the end, infinite without a ridge.
+        start: The objective at tau = 0.
+        outcome: Of the solve; its message says what helps if it did not converge.
+        num_products: Products with J^T J, each about five forward passes over the data or less.
+    """
+
+    objective: float
+    gap: float
+    start: float
+    outcome: Outcome
+    num_products: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether the gap that was asked for is reached."""
+        return self.outcome.ok
+
+
+def fit_square_(
+    model: TangentModel,
+    data: Any,
+    *,
+    kappa: float = 15.0,
+    ridge: float = 1e-5,
+    gap: float = 1e-3,
+    max_iters: int | None = None,
+    batch_size: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    output_fn: OutputFn | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Fit:
+    r"""Write the tau into a model that minimises `rescaled_square_loss` on all data, plus ridge |tau|^2.
+
+    P(tau) = 1/(N C) |f_0 + J tau - kappa e_y|^2 + ridge |tau|^2 is quadratic, so conjugate gradients on
+    (J^T J / (N C) + ridge) tau = J^T (kappa e_y - f_0) / (N C) find its minimum by products with J and its transpose.
+    P is strongly convex by 2 ridge, so with the residual r of that system P - min P <= |r|^2 / ridge: the iteration
+    stops where this bound is below what was asked for.
+
+    Args:
+        model: A tangent model; its tau is where the search starts, and is overwritten.
+        data: Examples with labels: `(x, y)` tensors, a list of batches `(x, y)`, or a re-iterable loader of them. x is
+            what the module takes, a mapping for keywords. y as in `rescaled_square_loss`.
+        kappa: Score of the right class.
+        ridge: Weight of |tau|^2.
+        gap: Share of the objective at tau = 0 that P may lie above its minimum.
+        max_iters: Most iterations; see `fipgeo.linalg.cg`.
+        batch_size: Examples in a batch when `data` is tensors.
+        forward_fn: (module, batch) -> raw outputs, for a module with a signature of its own.
+        output_fn: Raw outputs -> the tensor `[n, ..., C]` that is compared with the labels.
+        max_bytes: Most memory that products may hold between iterations.
+
+    Returns:
+        What was reached, and whether it is what was asked for; tau is written in any case.
+
+    Raises:
+        ValueError: ridge is negative, gap is not positive, the data has no labels, or the module returns several
+            tensors.
+
+    Examples:
+        >>> x = torch.eye(3)
+        >>> model = TangentModel(torch.nn.Linear(3, 3).to(x.dtype))
+        >>> fit = fit_square_(model, (x, torch.arange(3)), kappa=1.0, gap=1e-6)
+        >>> fit.ok, model(x).argmax(1)
+        (True, tensor([0, 1, 2]))
+    """
+    if not (ridge >= 0 and math.isfinite(ridge)) or not gap > 0:
+        raise ValueError(f"ridge, gap: got {ridge} and {gap}, expected a ridge of at least 0 and a gap above 0")
+    names = frozenset(model.names)
+    output_map = OutputMap(model.base, lambda n, _: n in names, forward_fn=forward_fn, output_fn=output_fn)
+    function = EmbeddedOutputs(output_map, Euclidean(), as_batches(data, batch_size, "data"))
+    theta = output_map.point()
+    root = JacobianRoot(function, theta, max_bytes=max_bytes)
+    wanted = torch.cat([part.reshape(-1) for part in _missing(function, theta, kappa)]).to(root.dtype)
+    count = len(wanted)
+    rhs = root.adjoint(wanted) / count
+    begin, size = float(wanted.double().square().sum()) / count, float(rhs.norm())
+    rtol = math.sqrt(ridge * gap * begin) / size if size and ridge else gap
+    start = model.space.ravel({n: t.detach() for n, t in model.tangents().items()})
+    root.prepare()
+    found = cg(
+        Gram(root, 1 / count),
+        rhs,
+        damping=ridge,
+        rtol=min(rtol, 1.0),
+        max_iters=max_iters,
+        x0=start.to(rhs) if bool(start.any()) else None,
+    )
+    tau = found.value
+    model.assign_(model.space.unravel(tau.to(model.space.dtype)))
+    rest = (wanted - root(tau)).double().square().sum() / count
+    residual = float(found.residual) * size
+    return Fit(
+        float(rest + ridge * tau.double().square().sum()),
+        residual**2 / ridge if ridge else math.inf,
+        begin,
+        found.outcome,
+        found.num_products,
+    )
+
+
+def _missing(function: EmbeddedOutputs, theta: Tensor, kappa: float) -> Iterator[Tensor]:
+    """What outputs lack of their targets, batch by batch."""
+    for batch, outputs in function.outputs(theta):
+        if len(outputs) != 1:
+            raise ValueError(
+                f"data: the module returned {len(outputs)} tensors; pick one with output_fn=lambda out: ..."
+            )
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+            raise ValueError(f"data: got a batch of type {type(batch).__name__}; expected (x, y) with labels y")
+        yield scaled_targets(batch[1].to(outputs[0].device), outputs[0], kappa) - outputs[0]
