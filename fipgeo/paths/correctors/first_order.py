@@ -30,7 +30,7 @@ class FirstOrder(Corrector):
         steps: Minibatches in one correction.
         final_steps: The same in the last one.
         batch_size: Protected inputs in a minibatch.
-        lr: Learning rate; None for 1e-3 with Adam and 0.05 with the others.
+        lr: Learning rate; None for 2e-3 with Adam and 0.05 with the others.
         taps: Hidden outputs that are protected too: names of modules, "blocks", "layers" or None.
         tap_weight: Weight of the taps beside the outputs.
         optimizer: "adam" (Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015), "sgd" (heavy ball, 0.9), or
@@ -43,8 +43,8 @@ class FirstOrder(Corrector):
         ValueError: The optimizer is none of these. When correcting: a tap names no module of the model.
     """
 
-    steps: int = 30
-    final_steps: int = 400
+    steps: int = 80
+    final_steps: int = 250
     batch_size: int = 64
     lr: float | None = None
     taps: Taps = "blocks"
@@ -107,7 +107,7 @@ class FirstOrder(Corrector):
         return torch.optim.Adam([theta], lr=rate)
 
 
-RATES = {"adam": 1e-3, "sgd": 0.05, "natural": 0.05}
+RATES = {"adam": 2e-3, "sgd": 0.05, "natural": 0.05}
 """Optimizers, with their learning rates."""
 
 MOVING = ("exp_avg", "momentum_buffer")
