@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fipgeo import basis, linalg, memory, optim, outputs, shrink, tangent
+from fipgeo import atlas, basis, linalg, memory, optim, outputs, shrink, tangent
+from fipgeo.atlas import Composition
 from fipgeo.data import as_batches
 from fipgeo.field import MetricField, metric
 from fipgeo.heads import grow_head
@@ -46,6 +47,7 @@ from fipgeo.paths import (
 from fipgeo.shrink import as_masks, channel_groups, to_dense_, to_prune_
 from fipgeo.space import WeightSpace
 from fipgeo.tangent import Component, TangentModel, compose, fit_square_, rescaled_square_loss
+from fipgeo.task_vectors import TaskVector
 from fipgeo.tasks import AccuracyMatrix
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ __all__ = [
     "Certificate",
     "Columns",
     "Component",
+    "Composition",
     "Cosine",
     "Density",
     "Euclidean",
@@ -95,11 +98,13 @@ __all__ = [
     "Spectrum",
     "StepControl",
     "TangentModel",
+    "TaskVector",
     "WeightSpace",
     "__version__",
     "adapt",
     "as_batches",
     "as_masks",
+    "atlas",
     "basis",
     "changed_upper_bound",
     "channel_groups",

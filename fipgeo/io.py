@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["load_record", "remove_leftovers", "save_record"]
+__all__ = ["TensorFile", "load_record", "remove_leftovers", "save_record"]
 
 _KEY = "fipgeo"
 _SCHEMA = 1
@@ -96,13 +96,67 @@ def load_record(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
             written under a newer schema.
     """
     source = Path(path)
+    with _reading(source) as file:
+        meta = _decode((file.metadata() or {}).get(_KEY), source)
+        # the clone frees the tensor from the mapped file, which may be replaced or cut while it is in use
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, meta
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of any safetensors file by name, each read when it is asked for and not kept.
+
+    Args:
+        path: The file, written by whatever program.
+
+    Attributes:
+        shapes: Shape of every tensor, from the header alone.
+        floating: Whether each tensor holds real numbers, from the header alone.
+
+    Raises:
+        FileNotFoundError: If the file is not there.
+        ValueError: If it is not a safetensors file or is cut short.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> save_record(f"{folder.name}/step.safetensors", {"theta": torch.arange(3)}, {})
+        >>> file = TensorFile(f"{folder.name}/step.safetensors")
+        >>> list(file), file.shapes["theta"], file.floating["theta"], file["theta"]
+        (['theta'], torch.Size([3]), False, tensor([0, 1, 2]))
+        >>> folder.cleanup()
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.shapes: dict[str, torch.Size] = {}
+        self.floating: dict[str, bool] = {}
+        with _reading(self.path) as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                self.shapes[name] = torch.Size(part.get_shape())
+                self.floating[name] = part.get_dtype().startswith(("F", "BF"))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        with _reading(self.path) as file:
+            return file.get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[Any]:
+    """An open safetensors file on the CPU; what cannot be read is named by its path."""
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {str(source)!r}")
     try:
         with safe_open(source, framework="pt", device="cpu") as file:
-            meta = _decode((file.metadata() or {}).get(_KEY), source)
-            # the clone frees the tensor from the mapped file, which may be replaced or cut while it is in use
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, meta
+            yield file
     except SafetensorError as error:
         message = f"{str(source)!r} is not a readable safetensors file ({error}); write or copy it again"
         raise ValueError(message) from error

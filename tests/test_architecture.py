@@ -16,14 +16,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A unit (a module or a folder directly in fipgeo) imports from itself and from levels above its own line.
 LEVELS = [
     {"linalg", "io", "trees", "tasks"},
-    {"space", "outputs", "data"},
-    {"basis", "model"},
+    {"space", "outputs", "data", "sources"},
+    {"basis", "model", "task_vectors"},
     {"jacobian", "shrink", "heads"},
     {"metrics"},
     {"field"},
     {"paths", "tangent"},
     {"memory"},
-    {"optim"},
+    {"optim", "atlas"},
 ]
 ALONE = {"plotting"}  # imports nothing of ours, except for annotations; ours import it only inside a method
 LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units}

@@ -1,0 +1,276 @@
+"""A network whose weights are a learned combination of task vectors: theta(c) = theta_0 + B c."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fipgeo.atlas.blocks import Block, Compose
+from fipgeo.atlas.kinds import Kind, PerBlock
+from fipgeo.io import load_record, save_record
+from fipgeo.linalg import Function, LinearOperator
+from fipgeo.model import unwrapped
+from fipgeo.sources import Named
+from fipgeo.space import WeightSpace
+from fipgeo.task_vectors import TaskVector
+
+_FILE = "coefficients of a composition"
+
+
+class Composition(nn.Module):
+    """theta_0 + B c in the place of a network's weights, with the coefficients c to be trained.
+
+    The weights are composed once in a forward pass, and the gradient in the coefficients is the inner products of the
+    weights' gradient with the vectors. Vectors may be stored in float16 or bfloat16; sums are in float32, or in float64
+    for a float64 network. The network itself is copied and its weights are frozen, so that c is all that an optimiser
+    sees in `parameters()` with a gradient; a head to be trained beside it is thawed by
+    `composition.module.head.requires_grad_(True)`, and must then not be among the vectors' tensors.
+
+    Only parameters are composed. Buffers, such as the running statistics of BatchNorm, are the network's own and
+    behave as in any module: used in eval mode, updated in train mode.
+
+    Args:
+        module: The network at theta_0; it stays as it is.
+        vectors: Task vectors over its parameters, or some of them. A tensor that a vector lacks counts as zero, and
+            tensors that are zero take no memory.
+        kind: Which coefficient scales what: `Isotropic()`, `PerLayer()`, `PerBlock()` or `Partitions(K, seed)`.
+        dtype: To store the vectors in; None for their own.
+        start: The value of all coefficients at the start; 0 is the network itself.
+
+    Attributes:
+        coefficients: The parameter c `[n, S]`: n vectors, S columns as `labels` names them.
+        module: The copy of the network.
+        labels: What each column scales.
+
+    Raises:
+        ValueError: There is no vector, or a vector does not fit the network; every mismatch is listed.
+
+    Examples:
+        >>> net, tuned = nn.Linear(3, 2), nn.Linear(3, 2)
+        >>> model = Composition(net, [TaskVector.between(net, tuned)])
+        >>> model.coefficients.shape, model.labels
+        (torch.Size([1, 2]), ['weight', 'bias'])
+        >>> model(torch.ones(4, 3)).sum().backward()
+        >>> model.coefficients.grad.shape
+        torch.Size([1, 2])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        vectors: Sequence[TaskVector],
+        kind: Kind | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        start: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.kind = PerBlock() if kind is None else kind
+        self.module = copy.deepcopy(unwrapped(module))
+        self.training = self.module.training
+        self._trainable = {n for n, p in self.module.named_parameters() if p.requires_grad}
+        for parameter in self.module.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        named = dict(self.module.named_parameters())
+        found = _fitting(self.module, vectors)
+        sizes = {name: named[name].numel() for name in named if any(name in vector for vector in found)}
+        self.labels = self.kind.labels(sizes)
+        columns = self.kind.columns(sizes)
+        wide = torch.float64 if any(named[name].dtype == torch.float64 for name in sizes) else torch.float32
+        device = next((named[name].device for name in sizes), None)
+        shape = (len(vectors), len(self.labels))
+        self.coefficients = nn.Parameter(torch.full(shape, float(start), dtype=wide, device=device))
+        self.names: list[str] = []
+        self.blocks = nn.ModuleList()
+        index: list[Tensor] = []
+        for name, size in sizes.items():
+            rows, stack = _stacked(name, found, dtype, named[name].device)
+            if not rows:
+                continue
+            parts = len(columns[name])
+            self.blocks.append(Block(stack, self.kind.order(name, size), parts))
+            self.names.append(name)
+            index.append((torch.tensor(rows)[:, None] * shape[1] + columns[name]).flatten())
+        self._sizes = [len(part) for part in index]
+        places = torch.cat(index) if index else torch.zeros(0, dtype=torch.long)
+        self.register_buffer("_index", places.to(device), persistent=False)
+        self._index: Tensor
+        self._shared: dict[str, Tensor] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's output at theta_0 + B c."""
+        weights = self.weights() if self._shared is None else self._shared
+        return torch.func.functional_call(self.module, weights, args, kwargs)
+
+    def weights(self, coefficients: Tensor | None = None) -> dict[str, Tensor]:
+        """The composed tensors by name, differentiable in the coefficients; tensors no vector moves are left out.
+
+        Args:
+            coefficients: `[n, S]` in place of the module's own, for functions of the coefficients (torch.func).
+        """
+        named = dict(self.module.named_parameters())
+        c = self.coefficients if coefficients is None else coefficients
+        return {
+            name: Compose.apply(w, block, named[name].detach(), named[name].dtype)
+            for name, block, w in self._parts(c.flatten())
+        }
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Compose once for all forward passes inside, with as many backward passes as you like.
+
+        Gradients are gathered in the composed weights and taken to the coefficients when the block is left, which is
+        therefore the place before the optimiser's step. The coefficients may not change inside.
+
+        Raises:
+            RuntimeError: Such a block is entered inside another.
+
+        Examples:
+            >>> net, tuned = nn.Linear(3, 2), nn.Linear(3, 2)
+            >>> model = Composition(net, [TaskVector.between(net, tuned)])
+            >>> with model.once():
+            ...     for x in torch.ones(2, 4, 3):
+            ...         model(x).sum().backward()
+            >>> model.coefficients.grad is not None
+            True
+        """
+        if self._shared is not None:
+            raise RuntimeError("once: the composition is in such a block already; leave it first")
+        composed = self.weights()
+        self._shared = {n: t.detach().requires_grad_(t.requires_grad) for n, t in composed.items()}
+        try:
+            yield
+            pairs = [(composed[name], leaf.grad) for name, leaf in self._shared.items() if leaf.grad is not None]
+            if pairs:
+                torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+        finally:
+            self._shared = None
+
+    def operator(self, space: WeightSpace | None = None) -> LinearOperator:
+        """B `[D, r]`: coefficients, read row by row, to displacements of the weights, in the sums' dtype.
+
+        With a metric g of the same space, the metric of the coefficients is `g.pullback(B)`.
+
+        Args:
+            space: Where displacements lie; None for the space of all the network's parameters.
+
+        Raises:
+            ValueError: The space lacks a tensor that the vectors move.
+        """
+        space = WeightSpace.of(self.module, "*") if space is None else space
+        missing = [name for name in self.names if name not in space.shapes]
+        if missing:
+            raise ValueError(f"space: it lacks {', '.join(missing[:6])}, which the vectors move; choose them too")
+        slices, wide = space.slices(), self.coefficients.dtype
+        size = self.coefficients.numel()
+
+        def apply(c: Tensor) -> Tensor:
+            out = c.new_zeros(len(c), space.dim)
+            for name, block, w in self._parts(c):
+                out[:, slices[name]] = block.compose(w).reshape(len(c), -1)
+            return out
+
+        def adjoint(v: Tensor) -> Tensor:
+            blocks = zip(self.names, self._blocks(), strict=True)
+            parts = [b.project(v[:, slices[n]].reshape((len(v), *b.shape))).flatten(1) for n, b in blocks]
+            out = v.new_zeros(len(v), size)
+            return out.index_add_(1, self._index, torch.cat(parts, 1)) if parts else out
+
+        return Function(apply, adjoint, (space.dim, size), dtype=wide, device=self.coefficients.device)
+
+    def merge(self) -> nn.Module:
+        """The network with the composed weights, a plain module of its own: no cost remains."""
+        out = self.unload()
+        named = dict(out.named_parameters())
+        with torch.no_grad():
+            for name, value in self.weights().items():
+                named[name].copy_(value)
+        return out
+
+    def unload(self) -> nn.Module:
+        """The network without the vectors, as it was given, with what was trained beside the coefficients."""
+        out = copy.deepcopy(self.module)
+        for name, parameter in out.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(name in self._trainable)
+        return out
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the coefficients and what they mean to one file; the network and the vectors are not in it."""
+        meta = {"kind": _FILE, "of": self.kind.describe(), "labels": self.labels}
+        save_record(path, {"coefficients": self.coefficients}, meta, overwrite=overwrite)
+
+    def load_(self, path: str | os.PathLike[str]) -> Composition:
+        """Read coefficients that `save` wrote into this composition, in place.
+
+        Raises:
+            ValueError: They are of another kind, number of vectors, or network.
+        """
+        tensors, meta = load_record(path)
+        if meta.get("kind") != _FILE:
+            raise ValueError(f"{os.fspath(path)!r} holds a {meta.get('kind', 'record')!r}, expected {_FILE}")
+        here = (self.kind.describe(), self.labels, list(self.coefficients.shape))
+        there = (meta["of"], meta["labels"], list(tensors["coefficients"].shape))
+        for what, mine, theirs in zip(("kind", "columns", "shape"), here, there, strict=True):
+            if mine != theirs:
+                raise ValueError(f"{os.fspath(path)!r} has the {what} {theirs}, this composition {mine}")
+        with torch.no_grad():
+            self.coefficients.copy_(tensors["coefficients"])
+        return self
+
+    def _parts(self, flat: Tensor) -> Iterator[tuple[str, Block, Tensor]]:
+        """Names, blocks and their coefficients `[..., n, K]`, of flat ones `[..., r]`."""
+        parts = flat.index_select(-1, self._index).split(self._sizes, -1)
+        for name, block, part in zip(self.names, self._blocks(), parts, strict=True):
+            yield name, block, part.unflatten(-1, tuple(block.data.shape[1::-1]))
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print`."""
+        n, s = self.coefficients.shape
+        return f"{n} vectors, {s} columns ({type(self.kind).__name__}), {n * s:,} coefficients"
+
+
+def _fitting(module: nn.Module, vectors: Sequence[TaskVector]) -> list[dict[str, Tensor]]:
+    """The vectors' parameters under the module's first names; all mismatches at once."""
+    if not vectors:
+        raise ValueError("vectors: got none, expected one task vector or more: TaskVector.between(base, tuned)")
+    named, problems, out = Named.of(module), [], []
+    for number, vector in enumerate(vectors):
+        found: dict[str, Tensor] = {}
+        for name, tensor in vector.parameters.items():
+            first = named.find(name)
+            if first is None or first in named.buffers:
+                problems.append(f"vector {number}: the network has no parameter {name}")
+            elif named.shapes[first] != tensor.shape:
+                here = list(named.shapes[first])
+                problems.append(f"vector {number}: {name} is {list(tensor.shape)}, the network's is {here}")
+            else:
+                found[first] = tensor
+        out.append(found)
+    if problems:
+        raise ValueError("vectors: they do not fit the network: " + "; ".join(problems))
+    return out
+
+
+def _stacked(
+    name: str, vectors: list[dict[str, Tensor]], dtype: torch.dtype | None, device: torch.device
+) -> tuple[list[int], Tensor]:
+    """The vectors `[n', *shape]` that move a tensor, and their numbers."""
+    rows = [i for i, vector in enumerate(vectors) if name in vector and bool(vector[name].any())]
+    tensors = [vectors[i][name] for i in rows]
+    if not rows:
+        return rows, torch.zeros(0)
+    widest = tensors[0].dtype
+    for tensor in tensors:
+        widest = torch.promote_types(widest, tensor.dtype)
+    return rows, torch.stack([tensor.to(device, dtype or widest) for tensor in tensors])
