@@ -21,15 +21,16 @@ KIND = "component"
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """A name for the values of named tensors: a hash of names, shapes and values, floats as float64.
 
-    Casts to a wider type keep it, as they keep the values.
+    Casts to a wider type keep it, as they keep the values; so does another order of the names.
 
     Examples:
-        >>> digest({"w": torch.ones(2, dtype=torch.float32)}) == digest({"w": torch.ones(2, dtype=torch.float64)})
-        True
+        >>> one, two = (torch.ones(2, dtype=dtype) for dtype in (torch.float32, torch.float64))
+        >>> digest({"w": one}) == digest({"w": two}), digest({"w": one}) == digest({"v": one})
+        (True, False)
     """
     code = hashlib.sha256()
-    for name, t in tensors.items():
-        t = t.detach().cpu()
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu()
         plain = t.double() if t.is_floating_point() else t
         code.update(f"{name}{list(t.shape)}".encode())
         code.update(plain.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor, nn
 
 from fipgeo.tangent.component import Component, base_of, fingerprint
 from fipgeo.tangent.model import TangentModel, frozen_copy
 
-Weights = str | float | Mapping[str, float] | Sequence[float]
-"""How components are weighted: "mean" (1/n each), "sum" (1 each), one number for all, a number by name, or numbers in
-the order of the components. Negative ones subtract what was learned."""
+Weights = str | float | Mapping[str, float] | Sequence[float] | Tensor
+"""How components are weighted: "mean" (1/n each), "sum" (1 each), one number for all, a number by name, or numbers (a
+tensor of them) in the order of the components. Negative ones subtract what was learned."""
 
 
 def compose(
@@ -87,12 +88,14 @@ def weights_by_name(components: Sequence[Component], weights: Weights) -> dict[s
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"components: two are called {twice[0]!r}; names tell them apart, so give each its own")
+    if isinstance(weights, Tensor):
+        weights = weights.tolist()
     if isinstance(weights, str):
         words = {"mean": 1 / max(len(names), 1), "sum": 1.0}
         if weights not in words:
             raise ValueError(f"weights: got {weights!r}, expected 'mean', 'sum', a number, or numbers by name")
         return dict.fromkeys(names, words[weights])
-    if isinstance(weights, int | float):
+    if isinstance(weights, int | float | Real):
         found = dict.fromkeys(names, float(weights))
     elif isinstance(weights, Mapping):
         if set(weights) != set(names):

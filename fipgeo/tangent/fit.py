@@ -69,7 +69,8 @@ def fit_square_(
             what the module takes, a mapping for keywords. y as in `rescaled_square_loss`.
         kappa: Score of the right class.
         ridge: Weight of |tau|^2.
-        gap: Share of the objective at tau = 0 that P may lie above its minimum.
+        gap: Share of the objective at tau = 0 that P may lie above its minimum; without a ridge there is no such bound,
+            and it is the size of r relative to the right-hand side at which the iteration stops.
         max_iters: Most iterations; see `fipgeo.linalg.cg`.
         batch_size: Examples in a batch when `data` is tensors.
         forward_fn: (module, batch) -> raw outputs, for a module with a signature of its own.
