@@ -2,5 +2,6 @@
 
 from fipgeo.memory.buffer import select
 from fipgeo.memory.sketch import Sketch
+from fipgeo.memory.views import Affine, views
 
-__all__ = ["Sketch", "select"]
+__all__ = ["Affine", "Sketch", "select", "views"]
