@@ -9,10 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fipgeo import atlas, basis, linalg, memory, optim, outputs, shrink, tangent
+from fipgeo import atlas, basis, geodesics, linalg, memory, optim, outputs, shrink, tangent
 from fipgeo.atlas import Composition
 from fipgeo.data import as_batches
 from fipgeo.field import MetricField, metric
+from fipgeo.geodesics import Chart, Frames, Geodesic, geodesic, track
 from fipgeo.heads import grow_head
 from fipgeo.jacobian import Sketched, sketch_error, sketch_trace
 from fipgeo.linalg import Density, LinearOperator, Outcome, Solution, Spectrum, principal_angles
@@ -64,6 +65,7 @@ __all__ = [
     "Blocks",
     "Categorical",
     "Certificate",
+    "Chart",
     "Columns",
     "Component",
     "Composition",
@@ -71,8 +73,10 @@ __all__ = [
     "Density",
     "Euclidean",
     "FirstOrder",
+    "Frames",
     "GaussNewton",
     "Gaussian",
+    "Geodesic",
     "Geometry",
     "Groups",
     "LayerLocal",
@@ -110,6 +114,8 @@ __all__ = [
     "channel_groups",
     "compose",
     "fit_square_",
+    "geodesic",
+    "geodesics",
     "grow_head",
     "linalg",
     "memory",
@@ -126,6 +132,7 @@ __all__ = [
     "tangent",
     "to_dense_",
     "to_prune_",
+    "track",
     "walk",
 ]
 

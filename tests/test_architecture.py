@@ -21,7 +21,7 @@ LEVELS = [
     {"jacobian", "shrink", "heads"},
     {"metrics"},
     {"field"},
-    {"paths", "tangent"},
+    {"paths", "tangent", "geodesics"},
     {"memory"},
     {"optim", "atlas"},
 ]

@@ -13,6 +13,7 @@ backend.
 from fipgeo.plotting.density import DensityRecord, plot_density
 from fipgeo.plotting.layers import plot_layer_sparsity
 from fipgeo.plotting.path import PathRecord, plot_path
+from fipgeo.plotting.profile import ProfileRecord, plot_profile
 from fipgeo.plotting.spectrum import SpectrumRecord, plot_spectrum
 from fipgeo.plotting.svg import figure_svg
 from fipgeo.plotting.tasks import AccuracyRecord, plot_accuracy
@@ -21,11 +22,13 @@ __all__ = [
     "AccuracyRecord",
     "DensityRecord",
     "PathRecord",
+    "ProfileRecord",
     "SpectrumRecord",
     "figure_svg",
     "plot_accuracy",
     "plot_density",
     "plot_layer_sparsity",
     "plot_path",
+    "plot_profile",
     "plot_spectrum",
 ]
