@@ -52,7 +52,7 @@ from fipgeo.task_vectors import TaskVector
 from fipgeo.tasks import AccuracyMatrix
 
 if TYPE_CHECKING:
-    from fipgeo import plotting
+    from fipgeo import manifold, plotting
 
 try:
     __version__ = version("fipgeo")
@@ -118,6 +118,7 @@ __all__ = [
     "geodesics",
     "grow_head",
     "linalg",
+    "manifold",
     "memory",
     "metric",
     "optim",
@@ -138,7 +139,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Load `fipgeo.plotting` when it is first used: matplotlib costs more than the rest of the package."""
-    if name == "plotting":
-        return import_module("fipgeo.plotting")
+    """Load `fipgeo.plotting` and `fipgeo.manifold` when first used: matplotlib and geoopt cost more than the rest."""
+    if name in ("plotting", "manifold"):
+        return import_module(f"fipgeo.{name}")
     raise AttributeError(f"module 'fipgeo' has no attribute {name!r}")

@@ -23,7 +23,7 @@ LEVELS = [
     {"field"},
     {"paths", "tangent", "geodesics"},
     {"memory"},
-    {"optim", "atlas"},
+    {"optim", "atlas", "manifold"},
 ]
 ALONE = {"plotting"}  # imports nothing of ours, except for annotations; ours import it only inside a method
 LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units}
@@ -31,7 +31,11 @@ LEAVES = {"io"}  # imports nothing of ours
 
 HEAVY = {"matplotlib", "scipy", "geoopt", "tqdm"}  # imported inside the functions that need them
 LIGHT = {"torch", "numpy"}  # may be imported at the top of a file
-LIGHT_OF = {"io": {"torch", "safetensors"}, "plotting": {"torch", "numpy", "matplotlib"}}
+LIGHT_OF = {
+    "manifold": {"torch", "geoopt"},
+    "io": {"torch", "safetensors"},
+    "plotting": {"torch", "numpy", "matplotlib"},
+}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
