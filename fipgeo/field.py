@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,6 +70,13 @@ class MetricField:
         out = object.__new__(MetricField)
         out.map, out.geometry = self.map, self.geometry
         out.function = self.function.renewed(batches)
+        return out
+
+    def under(self, geometry: str | Geometry) -> MetricField:
+        """The same inputs compared in another geometry."""
+        out = object.__new__(MetricField)
+        out.map, out.geometry = self.map, as_geometry(geometry)
+        out.function = replace(self.function, geometry=out.geometry)
         return out
 
 

@@ -15,7 +15,7 @@ from fipgeo.field import MetricField
 from fipgeo.jacobian import MAX_BYTES
 from fipgeo.jacobian.embedded import Mask
 from fipgeo.model import ForwardFn, OutputFn
-from fipgeo.outputs import Geometry
+from fipgeo.outputs import Categorical, Geometry
 from fipgeo.paths.control import StepControl
 from fipgeo.paths.correctors import Corrector, FirstOrder, GaussNewton, LayerLocal
 from fipgeo.paths.driver import Callback, Method, walk
@@ -158,8 +158,8 @@ def adapt(
     epochs: float = 1.0,
     lr: float = 0.05,
     momentum: float = 0.9,
-    damping: float = 1e-2,
-    geometry: str | Geometry = "logits",
+    damping: float = 0.1,
+    geometry: str | Geometry = "auto",
     params: Where = None,
     hold_zeros: bool = False,
     held_out: Any = 0.2,
@@ -192,7 +192,9 @@ def adapt(
         lr: Learning rate at the start; it decays along a cosine.
         momentum: Heavy-ball coefficient.
         damping: mu as a multiple of the mean non-zero eigenvalue of the metric: smaller keeps more, learns less.
-        geometry: How outputs are compared (see `MetricField`).
+        geometry: How outputs are compared (see `MetricField`). "auto" is `Categorical` at the lowest temperature of 2,
+            4, 8, ... at which it is not saturated if the new targets are classes, as it leaves more room to learn than
+            logits do, and "logits" otherwise; with `after`, that of the path.
         params: Which parameters may move (None: all that require a gradient).
         hold_zeros: Keep weights that are exactly zero at zero.
         held_out: Old inputs for the verdict, or the share of `keep` to set apart for it.
@@ -217,9 +219,19 @@ def adapt(
         ValueError: The budget is below the first step, the loss is no finite scalar, or bad inputs.
     """
     old = _batches(keep, batch_size, "keep")
-    field = MetricField(model, old, geometry, params, forward_fn=forward_fn, output_fn=output_fn, mask=mask)
-    _look(field)
     new = _batches(new_batches, batch_size or 100, "new_batches")
+    field = MetricField(
+        model,
+        old,
+        "logits" if geometry == "auto" else geometry,
+        params,
+        forward_fn=forward_fn,
+        output_fn=output_fn,
+        mask=mask,
+    )
+    if geometry == "auto":
+        field = _tempered(field, new, after)
+    _look(field)
     objective = NewTask(
         new, loss_fn, epochs=epochs, lr=lr, momentum=momentum, hold_zeros=hold_zeros, num_batches=count_batches(new)
     )
@@ -275,6 +287,27 @@ def _corrector(corrector: str | Corrector, field: MetricField) -> Corrector:
     return kinds[corrector]
 
 
+SATURATED = 0.05
+"""A geometry that keeps less than this share of its strength at a model's outputs protects little."""
+
+TEMPERATURES = tuple(Categorical(temperature=2.0**k) for k in range(1, 7))
+
+
+def _tempered(field: MetricField, new: Batches, after: PathResult | None) -> MetricField:
+    """The field in the geometry of a path that goes on; else tempered probabilities if the new targets are classes."""
+    if after is not None:
+        known = [g for g in TEMPERATURES if repr(g) == after.settings.get("geometry")]
+        return field.under(known[0]) if known else field
+    batch = new.first()
+    targets = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+    outputs = field.map(field.map.point(), field.function.batches.first())
+    classes = isinstance(targets, Tensor) and targets.dtype == torch.long and targets.dim() == 1
+    if not (classes and len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1):
+        return field
+    open_enough = (g for g in TEMPERATURES if g.openness(outputs[0]) >= SATURATED)
+    return field.under(next(open_enough, TEMPERATURES[-1]))
+
+
 def _look(field: MetricField) -> None:
     """Check the model on the first batch; say so when the geometry is nearly blind at its outputs."""
     batch = field.function.batches.first()
@@ -282,7 +315,7 @@ def _look(field: MetricField) -> None:
     counting = zip(outputs, field.function.masks(outputs, batch), strict=True)
     counting = (f if m is None else f[m] for f, m in counting)
     openness = min((field.geometry.openness(f) for f in counting if f.numel()), default=1.0)
-    if openness < 0.05:
+    if openness < SATURATED:
         warnings.warn(
             f"geometry {field.geometry} is saturated: its metric keeps {openness:.1%} of its strength at this model's"
             " confident outputs, so it protects little; use geometry='logits' or Categorical(temperature=4)",

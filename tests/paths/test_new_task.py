@@ -43,7 +43,7 @@ def loss_of(path: PathResult, model: nn.Module, index: int = -1) -> float:
 
 def test_it_learns_the_new_and_keeps_the_old() -> None:
     model = mlp(0, hidden=16)
-    path = learned(model)
+    path = learned(model, geometry="logits")
     assert path.outcome == "reached"
     assert loss_of(path, model) < 0.7 * loss_of(path, model, 0)
     assert all(p.drift <= 0.5 for p in path)
