@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ METHODS: dict[str, Callable[..., Learner]] = {
     "fine-tuning": Learner,
     "FIP replay (published)": PublishedFIP,
     "KD replay": Distilled,
+    "KD replay, views": partial(Distilled, views=20),
     "DER++ (buffer labels)": DERpp,
     "joint training": Joint,
     "EWC": EWC,
@@ -62,6 +64,7 @@ METHODS: dict[str, Callable[..., Learner]] = {
 
 OPTIONS: dict[str, dict[str, float]] = {
     "KD replay": {"weight": 3.0},
+    "KD replay, views": {"weight": 3.0},
     "LoRA + KD replay": {"weight": 3.0},
 }
 """Where they differ from a learner's own defaults."""
@@ -69,6 +72,7 @@ OPTIONS: dict[str, dict[str, float]] = {
 RATES = {"sgd": (0.003, 0.01, 0.03), "adamw": (1e-4, 3e-4, 1e-3)}
 WEIGHTS: dict[str, dict[str, tuple[float, ...]]] = {
     "KD replay": {"weight": (1.0, 10.0)},
+    "KD replay, views": {"weight": (1.0, 10.0)},
     "LoRA + KD replay": {"weight": (1.0, 10.0)},
     "EWC": {"weight": (10.0, 100.0, 1000.0)},
     "LwF": {"weight": (1.0, 10.0)},
@@ -120,15 +124,18 @@ def fipgeo_remember(model: nn.Module, task: Task, seed: int, state: dict[str, An
 def fipgeo_learn(lesson: Lesson, state: dict[str, Any], **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """One task by the library: the network after it, and figures for the record.
 
-    Options are those of `fipgeo.adapt`; epochs may not go beyond the budget of minibatches. `state` is that of
+    Options are those of `fipgeo.adapt`, and `views` of each kept input (see `fipgeo.memory.views`); epochs may not go
+    beyond the budget of minibatches. A tenth of the kept inputs is held out of all that. `state` is that of
     `fipgeo_remember`.
     """
     del state
     asked = {"epochs": lesson.passes, "batch_size": lesson.batch, "generator": lesson.seed} | options
     if asked["epochs"] > lesson.passes + 1e-9:
         raise ValueError(f"epochs: got {asked['epochs']}, expected at most {lesson.passes:g}, as for all methods")
-    keep = lesson.memory.x
-    path = fipgeo.adapt(lesson.model, (lesson.task.x, lesson.task.y), cross_entropy, keep=keep, **asked)
+    unseen = torch.arange(len(lesson.memory)) % 10 == 9
+    keep = fipgeo.memory.views(lesson.memory.x[~unseen], lesson.transform, asked.pop("views", 1), lesson.seed)
+    new, asked["held_out"] = (lesson.task.x, lesson.task.y), lesson.memory.x[unseen]
+    path = fipgeo.adapt(lesson.model, new, cross_entropy, keep=keep, **asked)
     notes = {"passes": asked["epochs"], "forwards": path[-1].cost, "outcome": path.outcome, "drift": path[-1].drift}
     return path[-1].apply_(copy.deepcopy(lesson.model)), notes
 
@@ -226,25 +233,23 @@ def run(
     stream: Stream, learner: Learner, seed: int, share: float = 1.0
 ) -> tuple[fipgeo.AccuracyMatrix, dict[str, Any]]:
     """Every task of a stream in order: the accuracies, and CPU seconds, minibatches and passes of learning alone."""
-    model, memory = stream.start, Memory.empty(stream.tasks[0])
-    matrix = fipgeo.AccuracyMatrix.of([task.name for task in stream.tasks])
+    model, tasks, memory = stream.start, stream.tasks, Memory.empty(stream.tasks[0])
+    matrix = fipgeo.AccuracyMatrix.of([task.name for task in tasks])
     notes: dict[str, Any] = {"seconds": 0.0, "steps": 0, "passes": stream.passes * share}
-    for place, task in enumerate(stream.tasks):
+    for place, task in enumerate(tasks):
         begun = time.process_time()
         if place:
             steps = max(round(share * stream.steps(task)), 1)
             ready = grown(model, stream.head, task.outputs)
-            earlier = stream.tasks[:place]
-            lesson = Lesson(
-                ready, model, task, memory, earlier, steps, stream.batch, stream.optimizer, stream.head, seed
-            )
+            about = (steps, stream.batch, stream.optimizer, stream.head, seed, stream.transform)
+            lesson = Lesson(ready, model, task, memory, tasks[:place], *about)
             model = learner.learn(lesson)
             notes["steps"] += steps
-        if place + 1 < len(stream.tasks):
+        if place + 1 < len(tasks):
             learner.remember(model, task, seed)
         notes["seconds"] += time.process_time() - begun
-        matrix = matrix.after([accuracy(model, seen.x_test, seen.y_test) for seen in stream.tasks[: place + 1]])
-        if place + 1 < len(stream.tasks):
+        matrix = matrix.after([accuracy(model, seen.x_test, seen.y_test) for seen in tasks[: place + 1]])
+        if place + 1 < len(tasks):
             memory = memory.adding(model, task, stream.kept_of(task), seed)
     return matrix, notes | learner.at.get("notes", {}) | {"seconds": round(notes["seconds"], 1)}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from benchmarks.streams import Task
+from fipgeo.memory import Affine, views
 
 CLIP = 5.0
 
@@ -65,6 +66,15 @@ class Memory:
         new = outputs(model, task.x[chosen]) if count else torch.empty(0, self.logits.shape[1])
         return Memory(x, y, torch.cat([widened(self.logits, new.shape[1]), new]))
 
+    def seen(self, transform: Affine, count: int, seed: int) -> Memory:
+        """With `count` views of every input, whose stored outputs are not known."""
+        if count == 1 or not len(self):
+            return self
+        logits = torch.cat(
+            [self.logits, self.logits.new_full(((count - 1) * len(self), self.logits.shape[1]), math.nan)]
+        )
+        return Memory(views(self.x, transform, count, seed), self.y.repeat(count), logits)
+
 
 def widened(logits: Tensor, width: int) -> Tensor:
     """Logits with NaN for outputs that came later."""
@@ -86,6 +96,7 @@ class Lesson:
         optimizer: "sgd" or "adamw".
         head: Name of the layer of the outputs.
         seed: Of everything random.
+        transform: What views of kept inputs are made by.
     """
 
     model: nn.Module
@@ -98,6 +109,7 @@ class Lesson:
     optimizer: str = "sgd"
     head: str = ""
     seed: int = 0
+    transform: Affine = field(default_factory=Affine)
 
     @property
     def passes(self) -> float:
@@ -113,11 +125,13 @@ class Learner:
         rate: Learning rate at the start.
         weight: Of what a method adds to the loss.
         rehearse: Inputs of the memory in a minibatch.
+        views: Of each kept input (see `fipgeo.memory.views`).
     """
 
     rate: float = 0.03
     weight: float = 1.0
     rehearse: int = 50
+    views: int = 1
     replays = False
     at: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -125,6 +139,7 @@ class Learner:
         """The network after the task."""
         student = copy.deepcopy(lesson.model).eval()
         random = torch.Generator().manual_seed(lesson.seed)
+        lesson = replace(lesson, memory=lesson.memory.seen(lesson.transform, self.views, lesson.seed))
         self.begin(student, lesson)
         params = [p for p in student.parameters() if p.requires_grad]
         descent: torch.optim.Optimizer = torch.optim.SGD(params, lr=self.rate, momentum=0.9)

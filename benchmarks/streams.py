@@ -33,6 +33,9 @@ HELD_OUT = 0.1
 """The last part of each task's training data, on which options are chosen; networks are not started on it."""
 
 
+MIRRORED = fipgeo.memory.Affine(flip=True)
+
+
 class MissingError(Exception):
     """A setting needs what is not there."""
 
@@ -71,6 +74,7 @@ class Stream:
         kept: Inputs kept of each task (see `per_class`).
         per_class: Whether `kept` counts inputs of each class.
         optimizer: "sgd" or "adamw", for the baselines.
+        transform: How its images may be changed for views of them.
     """
 
     start: nn.Module
@@ -81,6 +85,7 @@ class Stream:
     kept: int = 50
     per_class: bool = True
     optimizer: str = "sgd"
+    transform: fipgeo.memory.Affine = MIRRORED
 
     def steps(self, task: Task) -> int:
         """Minibatches that a task may take."""
@@ -111,7 +116,7 @@ def mnist_net() -> nn.Module:
 def _mnist_fashion(seed: int) -> Stream:
     tasks = [_task(name, name, MLP_NORM, shift=10 * place) for place, name in enumerate(("mnist", "fashion_mnist"))]
     start = started("mnist_fashion", mnist_net(), tasks[0], seed, epochs=4)
-    return Stream(start, tasks, head="9", passes=6.5, per_class=False)
+    return Stream(start, tasks, head="9", passes=6.5, per_class=False, transform=fipgeo.memory.Affine())
 
 
 def _split_cifar10(seed: int) -> Stream:
