@@ -1,16 +1,17 @@
-"""One linearised model of many components, and components that come and go."""
+"""One linearised model of many components, and the same function by a model for each of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from torch import Tensor, nn
 
 from fipgeo.tangent.component import Component, base_of, fingerprint
 from fipgeo.tangent.model import TangentModel, frozen_copy
+from fipgeo.tangent.push import over_outputs
 
 Weights = str | float | Mapping[str, float] | Sequence[float] | Tensor
 """How components are weighted: "mean" (1/n each), "sum" (1 each), one number for all, a number by name, or numbers (a
@@ -115,78 +116,61 @@ def weights_by_name(components: Sequence[Component], weights: Weights) -> dict[s
     return found
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of a pool's record.
+class Ensemble(nn.Module):
+    r"""f_0 + sum_i w_i (f_i - f_0) with a forward of each component's own model: what `compose` gives in one.
 
-    Attributes:
-        action: "add" or "forget".
-        name: Of the component.
-        digest: Of its values (see `Component.digest`).
-    """
-
-    action: str
-    name: str
-    digest: str
-
-
-class Pool:
-    """Components of one base that come and go, with a record of it.
-
-    Nothing is kept of a component that was forgotten but its lines in the record, which hold a name and a hash: models
-    are made of the components at hand, not of a running sum, so they have the bits of a pool that never had it.
+    With weights that sum to one it is their weighted mean. For comparison, and for a look at the members one by one.
 
     Args:
-        base: The module with theta_0, or a tangent model about it. A frozen copy is kept.
-        components: Added in order.
+        base: The module with theta_0, or a tangent model about it.
+        components: See `compose`.
+        weights: See `Weights`.
+        copy: See `TangentModel`; the members share one base.
 
     Attributes:
-        components: What is in the pool, by name.
-        record: What went in and out, in order.
+        members: A tangent model for each component, in the order of the names.
+        weights: Their weights, in this order.
+
+    Raises:
+        ValueError: As `compose`; or there is no component.
 
     Examples:
         >>> net = nn.Linear(3, 2)
-        >>> pool = Pool(net, [Component.of(TangentModel(net), name) for name in "ab"])
-        >>> pool.forget("a")
-        >>> list(pool.components), [entry.action for entry in pool.record]
-        (['b'], ['add', 'add', 'forget'])
+        >>> parts = [Component(n, {"bias": torch.full((2,), t)}, fingerprint(net)) for n, t in (("a", 1.0), ("b", 3.0))]
+        >>> x = torch.zeros(1, 3)
+        >>> torch.allclose(Ensemble(net, parts)(x), compose(net, parts)(x))
+        True
     """
 
-    def __init__(self, base: nn.Module, components: Iterable[Component] = ()) -> None:
-        self.fingerprint = fingerprint(base)
-        self.base = frozen_copy(base_of(base))
-        self.components: dict[str, Component] = {}
-        self.record: list[Entry] = []
-        for component in components:
-            self.add(component)
+    def __init__(
+        self, base: nn.Module, components: Iterable[Component], weights: Weights = "mean", *, copy: bool = True
+    ) -> None:
+        super().__init__()
+        parts = list(components)
+        numbers = weights_by_name(parts, weights)
+        if not parts:
+            raise ValueError("components: got none; expected at least one")
+        code = fingerprint(base)
+        for part in parts:
+            part.check(code)
+        parts = sorted(parts, key=lambda c: c.name)
+        shared = frozen_copy(base_of(base), share=not copy)
+        made = (TangentModel(shared, list(p.tangents), copy=False).assign_(p.tangents) for p in parts)
+        self.members = nn.ModuleList(made)
+        self.weights = [numbers[part.name] for part in parts]
 
-    def add(self, component: Component) -> None:
-        """Take a component in.
-
-        Raises:
-            ValueError: It belongs to another base, or one of its name is there.
-        """
-        component.check(self.fingerprint)
-        if component.name in self.components:
-            raise ValueError(f"component: {component.name!r} is in the pool already; forget it first, or rename it")
-        self.components[component.name] = component
-        self.record.append(Entry("add", component.name, component.digest()))
-
-    def forget(self, name: str) -> None:
-        """Let a component go.
-
-        Raises:
-            KeyError: There is none of that name.
-        """
-        if name not in self.components:
-            raise KeyError(f"name: {name!r} is not in the pool, which holds {', '.join(self.components) or 'nothing'}")
-        component = self.components.pop(name)
-        self.record.append(Entry("forget", name, component.digest()))
-
-    def model(self, weights: Weights = "mean") -> TangentModel:
-        """The composed model of what is in the pool (see `compose`); it shares the memory of the pool's base."""
-        total = combined(list(self.components.values()), weights)
-        return TangentModel(self.base, list(total) or "*", copy=False).assign_(total)
-
-    def __len__(self) -> int:
-        return len(self.components)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns for these inputs, every floating tensor summed over the members."""
+        total = sum(self.weights)
+        first = self.members[0]
+        assert isinstance(first, TangentModel)
+        sums: list[Tensor] = []
+        pieces = [(w, member(*args, **kwargs)) for w, member in zip(self.weights, self.members, strict=True)]
+        if abs(total - 1) > 1e-12:
+            pieces.append((1 - total, first.base_outputs(*args, **kwargs)))
+        for w, out in pieces:
+            found: list[Tensor] = []
+            over_outputs(out, lambda t, w=w, found=found: found.append(w * t))
+            sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+        rest = iter(sums)
+        return over_outputs(pieces[0][1], lambda _: next(rest))

@@ -98,7 +98,7 @@ def fit_square_(
     function = EmbeddedOutputs(output_map, Euclidean(), as_batches(data, batch_size, "data"))
     theta = output_map.point()
     root = JacobianRoot(function, theta, max_bytes=max_bytes)
-    wanted = torch.cat([part.reshape(-1) for part in _missing(function, theta, kappa)]).to(root.dtype)
+    wanted = torch.cat([part.reshape(-1) for part in lacking(function, theta, kappa)]).to(root.dtype)
     count = len(wanted)
     rhs = root.adjoint(wanted) / count
     begin, size = float(wanted.double().square().sum()) / count, float(rhs.norm())
@@ -126,7 +126,7 @@ def fit_square_(
     )
 
 
-def _missing(function: EmbeddedOutputs, theta: Tensor, kappa: float) -> Iterator[Tensor]:
+def lacking(function: EmbeddedOutputs, theta: Tensor, kappa: float) -> Iterator[Tensor]:
     """What outputs lack of their targets, batch by batch."""
     for batch, outputs in function.outputs(theta):
         if len(outputs) != 1:

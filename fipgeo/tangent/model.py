@@ -118,6 +118,11 @@ class TangentModel(nn.Module):
         run = self._linearised if compiler is None else compiler.disable(self._linearised)
         return run(args, kwargs)
 
+    def base_outputs(self, *args: Any, **kwargs: Any) -> Any:
+        """f(x; theta_0), without a graph and evaluated as the expansion is."""
+        with self._contexts(), torch.no_grad():
+            return self._map.raw({}, (args, kwargs))
+
     def _linearised(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         weights = {name: t.detach() for name, t in self.base.named_parameters()}
         weights = {name: weights[name] for name in self._names}

@@ -36,7 +36,7 @@ def pushed(output_map: OutputMap, weights: Named, tangents: Named, batch: Any) -
             value, tangent = forward_ad.unpack_dual(out)
             return value if tangent is None else _checked(value) + tangent
 
-        return _over_outputs(output_map.raw(duals, batch), summed)
+        return over_outputs(output_map.raw(duals, batch), summed)
 
 
 def pushed_transposed(output_map: OutputMap, weights: Named, tangents: Named, batch: Any) -> Any:
@@ -47,7 +47,7 @@ def pushed_transposed(output_map: OutputMap, weights: Named, tangents: Named, ba
     with torch.enable_grad(), disable_saved_tensors_hooks(HOOKS):
         raw = output_map.raw(leaves, batch)
         values: list[Tensor] = []
-        _over_outputs(raw, lambda t: values.append(_checked(t)) if t.requires_grad else None)
+        over_outputs(raw, lambda t: values.append(_checked(t)) if t.requires_grad else None)
         seeds = [torch.zeros_like(v).requires_grad_() for v in values]
         pulled = torch.autograd.grad(values, list(leaves.values()), seeds, create_graph=True, allow_unused=True)
         used = [
@@ -62,10 +62,10 @@ def pushed_transposed(output_map: OutputMap, weights: Named, tangents: Named, ba
         value = out if onward else out.detach()
         return value + found[id(out)] if id(out) in found else value
 
-    return _over_outputs(raw, summed)
+    return over_outputs(raw, summed)
 
 
-def _over_outputs(raw: Any, function: Callable[[Tensor], Any]) -> Any:
+def over_outputs(raw: Any, function: Callable[[Tensor], Any]) -> Any:
     """The structure that a module returned with every floating tensor replaced by function(tensor)."""
 
     def replaced(t: Tensor) -> Any:
