@@ -1,0 +1,223 @@
+"""Outputs to first order in the coefficients: f(c + d) = f + A d, example by example.
+
+Axis letters: n examples, O outputs of an example, r coefficients, v vectors of a block.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fipgeo.atlas.blocks import Block
+from fipgeo.atlas.composition import Composition
+from fipgeo.data import TensorBatches, as_batches
+from fipgeo.jacobian import EmbeddedOutputs
+from fipgeo.jacobian.factored.capture import Recorder, Site, Term
+from fipgeo.jacobian.rows import RowMaker, as_tree
+from fipgeo.model import ForwardFn, OutputFn, OutputMap
+from fipgeo.outputs import Euclidean
+from fipgeo.trees import head, tensor_leaves
+
+log = logging.getLogger(__name__)
+
+TOGETHER = 16
+"""Outputs whose derivatives are held at once."""
+BYTES = 2**28
+"""Memory for them, about."""
+
+
+class Expander:
+    """Makes expansions of a composed network.
+
+    The outputs are differentiated by what the layers put out, one backward pass for each output of an example, which
+    needs no derivative by weights. Every vector then goes through the layers once, as in a forward pass, and is
+    compared with those derivatives: A takes n forward-like products however many tensors there are. Tensors that no
+    known function uses, and those that are divided into parts, go by the rows of the Jacobian instead, which are
+    compared with the vectors and forgotten.
+
+    Args:
+        model: The composition; evaluated in eval mode.
+        forward_fn: (network, batch) -> raw outputs.
+        output_fn: Raw outputs -> the one tensor that the loss gets.
+
+    Attributes:
+        passes: What was spent, in examples: a forward pass, a backward pass by activations, and a vector's way through
+            the layers count a third each, so that one forward and full backward pass of an example is 1.
+    """
+
+    def __init__(
+        self, model: Composition, forward_fn: ForwardFn | None = None, output_fn: OutputFn | None = None
+    ) -> None:
+        self.model, self.passes = model, 0.0
+        names = frozenset(model.names)
+        self.map = OutputMap(model.module, lambda n, _: n in names, forward_fn=forward_fn, output_fn=output_fn)
+        self._by_rows: set[str] | None = None  # known after the first batch
+        self._copies: frozenset[int] = frozenset()
+        self._step = 0
+
+    def outputs(self, c: Tensor, batch: Any) -> Tensor:
+        """Outputs `[n, ..., C]` at coefficients c."""
+        with self.map.frozen():
+            found = _one(self.map.call(self.model.weights(c), batch))
+        self.passes += len(found) / 3
+        return found
+
+    def __call__(self, c: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """Outputs `[n, ..., C]` and their derivative `[n, O, r]` by the coefficients."""
+        with self.map.frozen():
+            weights = {name: t.detach() for name, t in self.model.weights(c).items()}
+            if self._by_rows is None:
+                self._look(weights, c, batch)
+            pieces = [self._piece(weights, part) for part in self._pieces(batch)]
+        outputs = torch.cat([f for f, _ in pieces])
+        width = outputs[0].numel() + len(self.model.coefficients)
+        self.passes += len(outputs) * (1 + width) / 3
+        return outputs, torch.cat([a for _, a in pieces])
+
+    def _pieces(self, batch: Any) -> Iterator[Any]:
+        """A batch in parts whose derivatives fit."""
+        try:
+            tree = as_tree(batch)
+            yield from TensorBatches(tree, self._step) if self._step else [batch]
+        except (TypeError, ValueError):
+            yield batch
+
+    def _look(self, weights: dict[str, Tensor], c: Tensor, batch: Any) -> None:
+        """Find out on a few examples which tensors go by the layers, and check that against plain autograd."""
+        divided = {n for n, block in zip(self.model.names, self.model._blocks(), strict=True) if len(block.data) > 1}
+        few = head(batch, 3)
+        n = len(tensor_leaves(few)[0])
+        with Recorder({id(t): name for name, t in weights.items()}, n) as seen:
+            f = _one(self.map.call(weights, few))
+        self._copies = seen.overwritten()
+        size = sum(site.numel for site in seen.sites) // n * f.element_size() * min(TOGETHER, f[0].numel())
+        self._step = max(1, BYTES // max(1, size))
+        found = {t.name for site in seen.sites for t in site.terms}
+        odd = {t.name for site in seen.sites for t in site.terms if site.shape[0] != n}
+        self._by_rows = divided | seen.outside | odd | (set(weights) - found)
+        try:
+            gap = self._gap(weights, c, few)
+        except RuntimeError as error:
+            log.info("the derivative by layers fails: %s", error)
+            gap = float("inf")
+        if not gap < 1e-3:
+            log.info("all tensors go by rows: the derivative by layers is off by %.1e", gap)
+            self._by_rows = set(weights)
+
+    def _gap(self, weights: dict[str, Tensor], c: Tensor, batch: Any) -> float:
+        """How far u^T A is from autograd's, relative, for one u."""
+        leaf = c.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            f = _one(self.map.call(self.model.weights(leaf), batch))
+        u = torch.linspace(-1.0, 1.3, f.numel(), dtype=f.dtype, device=f.device).cos()
+        (expected,) = torch.autograd.grad(f, leaf, u.view_as(f))
+        _, a = self._piece(weights, batch)
+        return float((u.to(a) @ a.flatten(0, 1) - expected.flatten()).norm() / (expected.norm() + 1e-30))
+
+    def _piece(self, weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
+        """Outputs and derivative of a few examples."""
+        assert self._by_rows is not None
+        f, parts = self._by_layers(weights, batch)
+        n, width = len(f), f[0].numel()
+        if self._by_rows:
+            parts |= self._rows(weights, batch, n, width)
+        blocks = zip(self.model.names, self.model._blocks(), strict=True)
+        empty = {name: b.data.new_zeros(n, width, *b.data.shape[1::-1]) for name, b in blocks if name not in parts}
+        flat = torch.cat([(parts | empty)[name].flatten(2) for name in self.model.names], 2)
+        out = flat.new_zeros(n, width, self.model.coefficients.numel(), dtype=self.model.coefficients.dtype)
+        return f, out.index_add_(2, self.model._index, flat.to(out.dtype))
+
+    def _by_layers(self, weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Outputs, and derivatives `[n, O, v, 1]` by the coefficients of blocks whose layers are known."""
+        assert self._by_rows is not None
+        known = {id(t): name for name, t in weights.items() if name not in self._by_rows}
+        blocks = dict(zip(self.model.names, self.model._blocks(), strict=True))
+        probes: list[Tensor] = []
+        n = len(tensor_leaves(batch)[0])
+        with torch.enable_grad(), Recorder(known, n, probes, self._copies) as seen:
+            f = _one(self.map.call(weights, batch))
+        width, parts = f[0].numel(), {}
+        if not probes:
+            return f.detach(), parts
+        for start in range(0, width, TOGETHER):
+            places = range(start, min(start + TOGETHER, width))
+            pulled = [_pull(f, i, probes) for i in places]
+            for number, site in enumerate(seen.sites):
+                delta = torch.stack([row[number] for row in pulled], 1)  # [n, some O, *trail]
+                for term in site.terms:
+                    x = None if term.source < 0 else seen.inputs[term.source].detach()
+                    out = parts.setdefault(term.name, f.new_zeros(n, width, len(blocks[term.name].data[0]), 1))
+                    with torch.no_grad():
+                        out[:, places.start : places.stop, :, 0] += _met(site, term, x, delta, blocks[term.name])
+        return f.detach(), parts
+
+    def _rows(self, weights: dict[str, Tensor], batch: Any, n: int, width: int) -> dict[str, Tensor]:
+        """Derivatives `[n, O, v, K]` by the coefficients of the other blocks, tensor by tensor."""
+        function, out = EmbeddedOutputs(self.map, Euclidean(), as_batches([batch])), {}
+        for name, block in zip(self.model.names, self.model._blocks(), strict=True):
+            if name in (self._by_rows or ()):
+                rows = RowMaker(function, weights, [name]).blocks(batch, n, n * width)
+                found = [block.project(r.reshape(-1, *block.shape).to(self.model.coefficients.dtype)) for r in rows]
+                out[name] = torch.cat(found).unflatten(0, (n, width))
+        return out
+
+
+def _one(outputs: tuple[Tensor, ...]) -> Tensor:
+    if len(outputs) != 1 or outputs[0].dim() < 2:
+        shapes = ", ".join(str(list(f.shape)) for f in outputs)
+        raise ValueError(
+            f"model: returned tensors of shapes {shapes}, expected one [n, ..., C]; pick it with output_fn"
+        )
+    return outputs[0]
+
+
+def _pull(f: Tensor, place: int, probes: list[Tensor]) -> list[Tensor]:
+    """Derivatives of one output of every example."""
+    u = torch.zeros_like(f)
+    u.view(len(f), -1)[:, place] = 1.0
+    found = torch.autograd.grad(f, probes, u, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, probes, strict=True)]
+
+
+def _met(site: Site, term: Term, x: Tensor | None, delta: Tensor, block: Block) -> Tensor:
+    """Inner products `[n, O, v]` of the output derivatives with what each vector makes of a site's input.
+
+    Args:
+        site: Where the tensor is used.
+        term: How.
+        x: The input `[n, ...]`.
+        delta: Derivatives of the outputs by the site's output, `[n, O, *out]`.
+        block: The tensor's vectors.
+    """
+    n, outputs = delta.shape[:2]
+    if term.kind in ("scale", "shift"):
+        weighted = delta if x is None else delta * x.unsqueeze(1)
+        weighted = weighted.reshape(n, outputs, -1, *site.trailing).sum(2)
+        rows = weighted.sum_to_size(n, outputs, *term.aligned)
+        return block.project(
+            rows.reshape(n, outputs, *block.shape).to(torch.promote_types(rows.dtype, torch.float32))
+        ).flatten(2)
+    assert x is not None
+    vectors = block.data[0].view(-1, *block.shape)
+    moved = _moved(site, term, x, vectors if term.kind == "embedding" else vectors.to(x.dtype))
+    return delta.reshape(n, outputs, -1) @ moved.reshape(n, len(vectors), -1).mT
+
+
+def _moved(site: Site, term: Term, x: Tensor, vectors: Tensor) -> Tensor:
+    """What each vector `[v, *shape]` makes of an input in the place of the weight, `[n, v, *out]`."""
+    n, v = len(x), len(vectors)
+    if term.kind == "linear":
+        rows = vectors.mT if term.options.get("transposed") else vectors
+        return F.linear(x, rows.flatten(0, 1)).reshape(n, -1, v, rows.shape[1]).transpose(1, 2)
+    if term.kind == "embedding":
+        return torch.stack([F.embedding(x, vector) for vector in vectors], 1)
+    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.dim() - 2]
+    options = dict(term.options)
+    if options["groups"] == 1:
+        return conv(x, vectors.flatten(0, 1), **options).unflatten(1, (v, -1))
+    return torch.stack([conv(x, vector, **options) for vector in vectors], 1)
