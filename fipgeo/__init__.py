@@ -17,6 +17,7 @@ from fipgeo.geodesics import Chart, Frames, Geodesic, geodesic, track
 from fipgeo.heads import grow_head
 from fipgeo.jacobian import Sketched, sketch_error, sketch_trace
 from fipgeo.linalg import Density, LinearOperator, Outcome, Solution, Spectrum, principal_angles
+from fipgeo.merging import merge_checkpoints
 from fipgeo.metrics import Metric
 from fipgeo.model import OutputMap
 from fipgeo.outputs import Bernoulli, Categorical, Cosine, Euclidean, Gaussian, Geometry, Logits
@@ -120,6 +121,7 @@ __all__ = [
     "linalg",
     "manifold",
     "memory",
+    "merge_checkpoints",
     "metric",
     "optim",
     "outputs",

@@ -17,13 +17,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"linalg", "io", "trees", "tasks"},
     {"space", "outputs", "data", "sources"},
-    {"basis", "model", "task_vectors"},
+    {"basis", "merging", "model", "task_vectors"},
     {"jacobian", "shrink", "heads"},
     {"metrics"},
     {"field"},
     {"paths", "tangent", "geodesics"},
     {"memory"},
     {"optim", "atlas", "manifold"},
+    {"__main__"},
 ]
 ALONE = {"plotting"}  # imports nothing of ours, except for annotations; ours import it only inside a method
 LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units}
