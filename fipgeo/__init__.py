@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fipgeo import atlas, basis, geodesics, linalg, memory, optim, outputs, shrink, tangent
+from fipgeo import atlas, basis, between, geodesics, linalg, memory, optim, outputs, shrink, tangent
 from fipgeo.atlas import Composition
+from fipgeo.between import Connection, align, connect
 from fipgeo.data import as_batches
 from fipgeo.field import MetricField, metric
 from fipgeo.geodesics import Chart, Frames, Geodesic, geodesic, track
@@ -70,6 +71,7 @@ __all__ = [
     "Columns",
     "Component",
     "Composition",
+    "Connection",
     "Cosine",
     "Density",
     "Euclidean",
@@ -107,13 +109,16 @@ __all__ = [
     "WeightSpace",
     "__version__",
     "adapt",
+    "align",
     "as_batches",
     "as_masks",
     "atlas",
     "basis",
+    "between",
     "changed_upper_bound",
     "channel_groups",
     "compose",
+    "connect",
     "fit_square_",
     "geodesic",
     "geodesics",

@@ -23,7 +23,7 @@ LEVELS = [
     {"field"},
     {"paths", "tangent", "geodesics"},
     {"memory"},
-    {"optim", "atlas", "manifold"},
+    {"optim", "atlas", "manifold", "between"},
     {"__main__"},
 ]
 ALONE = {"plotting"}  # imports nothing of ours, except for annotations; ours import it only inside a method

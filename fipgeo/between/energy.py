@@ -1,0 +1,222 @@
+"""A path of low energy between two networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fipgeo.between.channels import align as aligned
+from fipgeo.between.channels import check_alike
+from fipgeo.between.record import Connection, Way
+from fipgeo.data import Batches, Generator, as_batches, as_generator
+from fipgeo.jacobian import EmbeddedOutputs
+from fipgeo.model import ForwardFn, OutputFn, OutputMap, unwrapped
+from fipgeo.outputs import Geometry, as_geometry, changed_predictions
+from fipgeo.paths.verdict import spread_of
+
+
+def connect(
+    a: nn.Module,
+    b: nn.Module,
+    keep: Any,
+    *,
+    held_out: Any = 0.2,
+    geometry: str | Geometry = "logits",
+    align: bool = False,
+    bends: int = 3,
+    points: int = 3,
+    steps: int = 300,
+    lr: float = 1e-3,
+    batch_size: int | None = None,
+    num_measured: int = 11,
+    forward_fn: ForwardFn | None = None,
+    output_fn: OutputFn | None = None,
+    generator: Generator = None,
+) -> Connection:
+    """A path of weights from a to b along which the outputs go as straight as they can. No labels are needed.
+
+    The path is a polygon with `bends` free corners, which start on the straight line. Its energy in the space of the
+    embedded outputs,
+
+        E = sum_i |z_{i+1} - z_i|^2 / (t_{i+1} - t_i), a mean over inputs,
+
+    is minimised by Adam on minibatches, at `points` times between the ends that change from step to step. With r_i the
+    distance of z_i to (1 - t_i) z_a + t_i z_b, E is |z_b - z_a|^2 plus the same sum over r: what is minimised is the
+    drift from the straight line of the outputs, and a path that has none passes through networks which are ensembles of
+    the two.
+
+    BatchNorm normalises by the minibatch while the path is being found; its statistics are re-estimated on the kept
+    inputs wherever the path, or the straight line that it is compared with, is measured.
+
+    Args:
+        a: The first network; not changed.
+        b: A network of the same shape; not changed.
+        keep: Inputs without labels: a tensor, list of batches or re-iterable loader.
+        held_out: The share of them that is set apart for the measurement, or other inputs.
+        geometry: How outputs are compared (see `MetricField`).
+        align: First put the hidden channels of b in the order of a's (see `align`); the path then ends in that copy,
+            which computes what b does.
+        bends: Free corners of the path.
+        points: Networks between the ends that are evaluated in a step.
+        steps: Minibatches.
+        lr: Of Adam, on a cosine down to zero.
+        batch_size: Examples in a minibatch, 128 by default, when `keep` is tensors.
+        num_measured: Points, ends included, at which the path and the straight line are measured.
+        forward_fn: (model, batch) -> raw outputs.
+        output_fn: raw outputs -> the tensor or tensors to compare.
+        generator: Minibatches, times and what is held out.
+
+    Returns:
+        The path with its measured drift; `str` of it is the statement.
+
+    Raises:
+        ValueError: The networks differ in shape, or a number is out of range.
+
+    Source: Garipov et al., Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs (2018), for paths of low loss;
+    Tan et al., Geodesic Mode Connectivity (2023), for paths of low energy.
+
+    Examples:
+        >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> found = connect(a, b, torch.randn(20, 2), steps=2)
+        >>> found.largest_drift < 0.1, found.straight_largest_drift < 1e-5  # linear models: the line is the best path
+        (True, True)
+    """
+    if min(bends, points, steps) < 1 or num_measured < 3 or not lr > 0:
+        raise ValueError(
+            f"connect: got bends={bends}, points={points}, steps={steps}, lr={lr}, num_measured={num_measured};"
+            " expected at least 1, 1, 1, more than 0, and at least 3"
+        )
+    check_alike(a, b)
+    source = as_generator(generator)
+    kept, held = _inputs(keep, held_out, batch_size, source)
+    if align:
+        b = aligned(a, b, kept.first(), forward_fn=forward_fn, output_fn=output_fn, generator=source)
+    map_ = OutputMap(a, "*", forward_fn=forward_fn, output_fn=output_fn)
+    map_.check(kept.first())
+    function = EmbeddedOutputs(map_, as_geometry(geometry), kept)
+    ends = torch.stack([map_.point(), map_.space.point(unwrapped(b))])
+    line = Way(function, ends, (_buffers(a), _buffers(b)))
+    time = torch.linspace(0, 1, bends + 2)
+    start = replace(line, corners=torch.stack([line.at(float(t)) for t in time]))
+    way, history = _straighten(start, points, steps, lr, batch_size or 128, source)
+    times = torch.linspace(0, 1, num_measured, dtype=torch.float64)
+    spread = spread_of(function.renewed(held), ends[0])
+    reached, straight = (_Profile.of(path, held, times.tolist(), spread) for path in (way, line))
+    return Connection(
+        way,
+        times,
+        reached.drift,
+        straight.drift,
+        reached.changed,
+        straight.changed,
+        reached.energy,
+        straight.energy,
+        reached.least,
+        history,
+        reached.count,
+    )
+
+
+def _straighten(
+    way: Way, points: int, steps: int, lr: float, batch_size: int, source: torch.Generator
+) -> tuple[Way, Tensor]:
+    """The path with its inner corners moved to less energy, and the energies on the way."""
+    function = way.function
+    first = function.batches.first()
+    with function.map.frozen():
+        outputs = function.map.call(function.map.named(way.corners[0]), first)
+    rows = function.embedded(outputs, first).shape[1]
+    inner = way.corners[1:-1].clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([inner], lr=lr)
+    history = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        batch = function.batches.sample(batch_size, source)
+        shift = float(torch.rand((), generator=source)) - 0.5
+        times = [(i + shift / 2) / (points + 1) for i in range(1, points + 1)]
+        with function.map.frozen():
+            ends = [_evaluated(way, t, batch) for t in (0, 1)]
+        with function.map.frozen(batch_statistics=True), torch.enable_grad():
+            moved = replace(way, corners=torch.cat([way.corners[:1], inner, way.corners[-1:]]))
+            z = function.on(batch)
+            found = [ends[0], *(z(function.map.named(moved.at(t))) for t in times), ends[1]]
+            energy = _energy(found, [0.0, *times, 1.0]) / (len(ends[0]) / rows)
+            optimizer.zero_grad()
+            energy.backward()
+        optimizer.step()
+        history.append(float(energy.detach()))
+    return replace(way, corners=torch.cat([way.corners[:1], inner.detach(), way.corners[-1:]])), torch.tensor(history)
+
+
+def _evaluated(way: Way, t: float, batch: Any) -> Tensor:
+    """Embedded outputs of a network on the way under its own buffers, flat; inside `frozen()`."""
+    function = replace(way.function, map=way.function.map.with_buffers(way.buffers_at(t)))
+    return function.on(batch)(function.map.named(way.at(t)))
+
+
+def _energy(found: list[Tensor], times: list[float]) -> Tensor:
+    steps = zip(found[:-1], found[1:], times[:-1], times[1:], strict=True)
+    return torch.stack([(q - p).square().sum() / (u - t) for p, q, t, u in steps]).sum()
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """What is measured along a path on held-out inputs."""
+
+    drift: Tensor
+    changed: Tensor
+    energy: float
+    least: float
+    count: int
+
+    @classmethod
+    def of(cls, way: Way, held: Batches, times: list[float], spread: float) -> _Profile:
+        geometry = way.function.geometry
+        ends = [list(_outputs(way, t, held)) for t in (0.0, 1.0)]
+        (first, count), (last, _) = (_embedded(way, end) for end in ends)
+        zs, drift, changed = [], [], []
+        for t in times:
+            found = ends[int(t)] if t in (0, 1) else list(_outputs(way, t, held))
+            z = _embedded(way, found)[0]
+            zs.append(z)
+            drift.append(float((z - torch.lerp(first, last, t)).square().sum() / count) ** 0.5 / spread)
+            moves = [
+                [changed_predictions(geometry, f, g) for (_, f), (_, g) in zip(found, end, strict=True)] for end in ends
+            ]
+            shares = [_neither(x, y) for x, y in zip(*moves, strict=True)]
+            changed.append(sum(shares) / count)
+        energy = float(_energy(zs, times)) / count
+        least = float((last - first).square().sum()) / count
+        return cls(torch.tensor(drift).double(), torch.tensor(changed).double(), energy, least, count)
+
+
+def _outputs(way: Way, t: float, held: Batches) -> Iterator[tuple[Any, tuple[Tensor, ...]]]:
+    function = replace(way.function, map=way.function.map.with_buffers(way.buffers_at(t)), batches=held)
+    return function.outputs(way.at(t))
+
+
+def _embedded(way: Way, found: list[tuple[Any, tuple[Tensor, ...]]]) -> tuple[Tensor, int]:
+    """Embedded outputs of all batches, flat in float64, and the number of examples."""
+    parts = [way.function.embedded(outputs, batch) for batch, outputs in found]
+    return torch.cat([part.double().flatten() for part in parts]), sum(map(len, parts))
+
+
+def _neither(x: Tensor | None, y: Tensor | None) -> float:
+    """Examples whose prediction differs from those of both ends."""
+    return math.nan if x is None or y is None else float((x & y).sum())
+
+
+def _inputs(keep: Any, held_out: Any, batch_size: int | None, source: torch.Generator) -> tuple[Batches, Batches]:
+    kept = as_batches(keep, batch_size, "keep").hold()
+    if isinstance(held_out, int | float):
+        return kept.split(float(held_out), source)
+    return kept, as_batches(held_out, argument="held_out")
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in unwrapped(module).named_buffers() if t.is_floating_point()}
