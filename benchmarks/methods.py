@@ -42,7 +42,7 @@ from fipgeo.paths.objectives.replay import NoCorrection, Replay
 
 OURS = "fipgeo"
 KD_LOSS = "kl"
-HELD_OUT = 0.1
+HELD_OUT = 0.05
 """Share of the inputs that a path sets apart for its verdict; baselines may use all."""
 
 STATISTICS = "magnitude, statistics re-estimated"

@@ -94,9 +94,9 @@ def walk(
 ) -> PathResult:
     """Walk from the model's present weights towards an objective while its outputs on the field's inputs stay.
 
-    The inputs are divided into three parts without common examples. Steps are taken on the protected ones; a tenth of
-    them (see `Inputs.of`) is set apart as control inputs, on whose drift a step is accepted or refused and the next one
-    sized; the held-out ones measure the points and decide nothing, so that certificates are not biased by choices.
+    The inputs are divided into three parts without common examples. Steps are taken on the protected ones; a twentieth
+    of them (see `Inputs.of`) is set apart as control inputs, on whose drift a step is accepted or refused and the next
+    one sized; the held-out ones measure the points and decide nothing, so that certificates are not biased by choices.
 
     Args:
         field: Model, protected inputs and geometry. The model is not changed.

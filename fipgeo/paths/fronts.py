@@ -229,12 +229,12 @@ def adapt(
         output_fn=output_fn,
         mask=mask,
     )
-    if geometry == "auto":
-        field = _tempered(field, new, after)
-    _look(field)
     objective = NewTask(
         new, loss_fn, epochs=epochs, lr=lr, momentum=momentum, hold_zeros=hold_zeros, num_batches=count_batches(new)
     )
+    if geometry == "auto":
+        field = _tempered(field, new, after)
+    _look(field)
     method = Method(
         control=StepControl(initial=1.0, smallest=1 / 64, largest=1.0, tolerance=0.1),
         corrector=GaussNewton(steps=0, final_steps=1),
@@ -300,7 +300,7 @@ def _tempered(field: MetricField, new: Batches, after: PathResult | None) -> Met
         return field.under(known[0]) if known else field
     batch = new.first()
     targets = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
-    outputs = field.map(field.map.point(), field.function.batches.first())
+    outputs = field.map.check(field.function.batches.first())
     classes = isinstance(targets, Tensor) and targets.dtype == torch.long and targets.dim() == 1
     if not (classes and len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1):
         return field

@@ -23,7 +23,7 @@ from fipgeo.paths.objectives import Objective
 from fipgeo.paths.record import Leg, PathResult
 from fipgeo.paths.state import PathState
 
-CONTROL_SHARE, CONTROL_LEAST, CONTROL_MOST = 0.1, 16, 128
+CONTROL_SHARE, CONTROL_LEAST, CONTROL_MOST = 0.05, 16, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,9 @@ class Inputs:
 
     @classmethod
     def of(cls, batches: Batches, held_out: Batches | float, generator: torch.Generator) -> Inputs:
-        """Set apart first what is held out, then a tenth of the rest, 16 to 128 and at most a quarter, for control.
+        """Set apart first what is held out, then a twentieth of the rest, 16 to 64 and at most a quarter, for control.
 
-        Batches of unlike shapes are set apart as a whole, a tenth of them. A single example, or batch, that is left
+        Batches of unlike shapes are set apart as a whole, a twentieth of them. A single example, or batch, that is left
         is protected and controls.
         """
         verdict = held_out

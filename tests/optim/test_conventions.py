@@ -288,7 +288,9 @@ def test_without_a_model_parameters_are_found_by_name() -> None:
     field = MetricField(net, x)
     nameless = Scaled(Kept.of(field.function, field.map.point()), torch.ones(field.space.dim))
     found = train(net, FIP(net.named_parameters(), nameless), 4)
-    torch.testing.assert_close(found, train(other, FIP(other.parameters(), MetricField(other, x)), 4), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        found, train(other, FIP(other.parameters(), MetricField(other, x)), 4), rtol=0, atol=1e-12
+    )
     with pytest.raises(ValueError, match=r"^params: .* pass model.named_parameters\(\)"):
         FIP(net.parameters(), nameless)
     part = FIP(list(net.named_parameters())[:3], nameless)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from fipgeo import GaussNewton, MetricField, NewTask, PathResult, StepControl, adapt, walk
+from fipgeo import GaussNewton, MetricField, NewTask, PathResult, StepControl, adapt, sparsify, walk
 from fipgeo.data import TensorBatches
+from fipgeo.outputs import Categorical, Logits
 from fipgeo.paths import Method
 
 from .toys import draw, filled, inputs, loaded, mlp, same_tensors, stored, zeros
@@ -43,7 +44,7 @@ def loss_of(path: PathResult, model: nn.Module, index: int = -1) -> float:
 
 def test_it_learns_the_new_and_keeps_the_old() -> None:
     model = mlp(0, hidden=16)
-    path = learned(model, geometry="logits")
+    path = learned(model, geometry="logits", damping=1e-2)
     assert path.outcome == "reached"
     assert loss_of(path, model) < 0.7 * loss_of(path, model, 0)
     assert all(p.drift <= 0.5 for p in path)
@@ -203,3 +204,38 @@ def test_a_step_that_diverges_is_refused_not_blamed_on_the_loss() -> None:
         **{"keep": 0.1 * old(20), "geometry": "euclidean", "lr": 40.0, "budget": 0.5, "batch_size": 6},  # type: ignore[arg-type]
     )
     assert path.outcome in ("reached", "budget", "stalled") and all(p.drift <= 0.5 for p in path)
+
+
+def test_classes_are_kept_as_tempered_probabilities_that_are_not_saturated() -> None:
+    """The lowest temperature of 2, 4, ... at which the geometry feels the outputs; other targets, and paths, decide."""
+
+    def kept(net: nn.Module, y: Tensor, loss: Any = cross_entropy, **options: Any) -> str:
+        path = adapt(net, (task()[0], y), loss, keep=old(), epochs=0.2, batch_size=12, **options)
+        return path.settings["geometry"]
+
+    model, y = mlp(0), task()[1]
+    assert kept(model, y) == repr(Categorical(temperature=2.0))
+    loud = nn.Sequential(model, Louder())
+    assert kept(loud, y) == repr(Categorical(temperature=2.0 ** loud_enough(loud)))
+    assert loud_enough(loud) > 1
+    scores = torch.nn.functional.one_hot(y, 3).double()
+    assert kept(model, scores, lambda f, t: (f - t).square().mean()) == repr(Logits())
+    walked = sparsify(model, old(), 0.2, max_steps=1)
+    assert kept(model, y, after=walked) == walked.settings["geometry"]
+
+
+class Louder(nn.Module):
+    def forward(self, f: Tensor) -> Tensor:
+        return 200 * f
+
+
+def loud_enough(net: nn.Module) -> int:
+    """The first power of two at which a twentieth of the geometry's strength is left, by its definition."""
+    with torch.no_grad():
+        f = net(old())
+    for power in range(1, 7):
+        p = (f / 2**power).softmax(1)
+        strength = float((1 - p.square().sum(1)).mean()) / (1 - 1 / f.shape[1])
+        if strength >= 0.05:
+            return power
+    return 6

@@ -54,7 +54,7 @@ def adapted(model: nn.Module, seed: int = 5, **options: Any) -> PathResult:
 def test_points_measure_what_plain_torch_measures(kind: str, seed: int) -> None:
     model, held_out = mlp(seed, norm=True).train(), inputs(seed + 1, 25)
     if kind == "adapt":
-        path = adapted(model, seed, held_out=held_out, budget=None, epochs=4)
+        path = adapted(model, seed, held_out=held_out, budget=None, epochs=4, geometry="logits")
     else:
         path = sparse_path(
             model, inputs(seed, 30), 0.5, corrector=CORRECTORS[kind], held_out=fipgeo.as_batches(held_out)
