@@ -5,6 +5,8 @@ Axis letters: n vectors, K parts of the tensor, m weights of a part, P weights o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,67 +110,117 @@ def _pieces(data: Tensor) -> list[tuple[slice, slice]]:
     return [(slice(start, start + step), slice(0, width)) for start in range(0, parts, step)]
 
 
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """The weighted sums of all blocks, as one linear map from flat coefficients `[..., r]` to tensors.
+
+    Attributes:
+        blocks: The blocks.
+        index: Places of all blocks' weights among the coefficients, one block after the other.
+        sizes: How many of them each block has.
+        bases: What is added to each sum; None for nothing.
+        dtypes: Of the tensors.
+    """
+
+    blocks: Sequence[Block]
+    index: Tensor
+    sizes: Sequence[int]
+    bases: Sequence[Tensor] | None
+    dtypes: Sequence[torch.dtype]
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        """The weights `[..., n, K]` of each block."""
+        pieces = flat.index_select(-1, self.index).split(list(self.sizes), -1)
+        return [piece.unflatten(-1, block.data.shape[1::-1]) for block, piece in zip(self.blocks, pieces, strict=True)]
+
+    def compose(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The sums `[..., *shape]`."""
+        bases = [None] * len(self.blocks) if self.bases is None else self.bases
+        rows = zip(self.blocks, self.parts(flat), bases, self.dtypes, strict=True)
+        return tuple(block.compose(weights, base).to(dtype) for block, weights, base, dtype in rows)
+
+    def project(self, grads: Sequence[Tensor | None], size: int, dtype: torch.dtype) -> Tensor:
+        """The adjoint, `[..., r]`; None stands for zero."""
+        lead = next(
+            (g.shape[: g.dim() - len(b.shape)] for b, g in zip(self.blocks, grads, strict=True) if g is not None), ()
+        )
+        like = self.index.new_zeros((), dtype=dtype)
+        found = [
+            like.new_zeros((*lead, n)) if g is None else b.project(g.to(dtype)).flatten(-2)
+            for b, g, n in zip(self.blocks, grads, self.sizes, strict=True)
+        ]
+        out = like.new_zeros((*lead, size))
+        return out.index_add_(-1, self.index, torch.cat(found, -1)) if found else out
+
+
 class Compose(Function):
-    """base + the weighted sum of a block's vectors, in a given dtype; linear in the weights `[n, K]`.
+    """All sums in one node of the graph, linear in the coefficients.
 
     Nothing of the size of the vectors is kept for the backward pass, which takes inner products with them. Works under
-    torch.func's jvp, vjp and vmap over the weights, and for derivatives of any order.
+    torch.func's jvp, vjp and vmap over the coefficients, and for derivatives of any order.
     """
 
     @staticmethod
-    def forward(weights: Tensor, block: Block, base: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """`[n, K]` to `[*shape]`."""
-        return block.compose(weights, base).to(dtype)
+    def forward(flat: Tensor, sums: Sums) -> tuple[Tensor, ...]:
+        """`[r]` to tensors `[*shape]`."""
+        return sums.compose(flat)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Remember where the vectors are."""
-        weights, ctx.block, _, ctx.dtype = inputs
-        ctx.wide = weights.dtype
+        flat, ctx.sums = inputs
+        ctx.size, ctx.wide = flat.shape[-1], flat.dtype
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Inner products of the gradient with the vectors."""
-        return Project.apply(grads[0], ctx.block, ctx.wide), None, None, None
+        """Inner products of the gradients with the vectors."""
+        return Project.apply(ctx.sums, ctx.size, ctx.wide, *grads), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """The weighted sum for the tangent of the weights."""
-        return Compose.apply(tangents[0], ctx.block, None, ctx.dtype)
+        """The sums for the tangent of the coefficients, without what is added to them."""
+        return Compose.apply(tangents[0], replace(ctx.sums, bases=None))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        """Stacks of weights are one product."""
+        """Stacks of coefficients are one product."""
         del info
-        return Compose.apply(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+        flat, sums = args
+        return Compose.apply(flat.movedim(in_dims[0], 0), sums), (0,) * len(sums.blocks)
 
 
 class Project(Function):
-    """Inner products of a gradient `[*shape]` with a block's vectors, `[n, K]`: the adjoint of `Compose`."""
+    """Inner products of tensors with all blocks' vectors, `[r]`: the adjoint of `Compose`."""
 
     @staticmethod
-    def forward(gradient: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
-        """`[*shape]` to `[n, K]`."""
-        return block.project(gradient.to(dtype))
+    def forward(sums: Sums, size: int, dtype: torch.dtype, *grads: Tensor | None) -> Tensor:
+        """Tensors `[*shape]` to `[r]`."""
+        return sums.project(grads, size, dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Remember where the vectors are."""
-        gradient, ctx.block, ctx.wide = inputs
-        ctx.dtype = gradient.dtype
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Remember where the vectors are, and which tensors there were."""
+        ctx.sums, ctx.size, ctx.wide, *grads = inputs
+        ctx.given = [g is not None for g in grads]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """The weighted sum again."""
-        return Compose.apply(grads[0], ctx.block, None, ctx.dtype), None, None
+        """The sums again."""
+        found = Compose.apply(grads[0], replace(ctx.sums, bases=None))
+        return None, None, None, *(t if given else None for t, given in zip(found, ctx.given, strict=True))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Inner products of the tangent."""
-        return Project.apply(tangents[0], ctx.block, ctx.wide)
+        """Inner products of the tangents."""
+        return Project.apply(ctx.sums, ctx.size, ctx.wide, *tangents[3:])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        """Stacks of gradients are one product."""
-        del info
-        return Project.apply(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+        """Stacks of tensors are one product."""
+        sums, size, dtype, *grads = args
+        moved = [
+            g if g is None else g.expand(info.batch_size, *g.shape) if dim is None else g.movedim(dim, 0)
+            for g, dim in zip(grads, in_dims[3:], strict=True)
+        ]
+        return Project.apply(sums, size, dtype, *moved), 0

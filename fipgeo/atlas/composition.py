@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fipgeo.atlas.blocks import Block, Compose
+from fipgeo.atlas.blocks import Block, Compose, Sums
 from fipgeo.atlas.kinds import Kind, PerBlock
 from fipgeo.io import load_record, save_record
 from fipgeo.linalg import Function, LinearOperator
@@ -115,12 +115,11 @@ class Composition(nn.Module):
         Args:
             coefficients: `[n, S]` in place of the module's own, for functions of the coefficients (torch.func).
         """
+        flat = (self.coefficients if coefficients is None else coefficients).flatten()
         named = dict(self.module.named_parameters())
-        c = self.coefficients if coefficients is None else coefficients
-        return {
-            name: Compose.apply(w, block, named[name].detach(), named[name].dtype)
-            for name, block, w in self._parts(c.flatten())
-        }
+        bases = [named[name].detach() for name in self.names]
+        sums = Sums(self._blocks(), self._index, self._sizes, bases, [base.dtype for base in bases])
+        return dict(zip(self.names, Compose.apply(flat, sums), strict=True))
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -171,17 +170,17 @@ class Composition(nn.Module):
         slices, wide = space.slices(), self.coefficients.dtype
         size = self.coefficients.numel()
 
+        sums = Sums(self._blocks(), self._index, self._sizes, None, [wide] * len(self.names))
+
         def apply(c: Tensor) -> Tensor:
             out = c.new_zeros(len(c), space.dim)
-            for name, block, w in self._parts(c):
-                out[:, slices[name]] = block.compose(w).reshape(len(c), -1)
+            for name, part in zip(self.names, sums.compose(c), strict=True):
+                out[:, slices[name]] = part.reshape(len(c), -1)
             return out
 
         def adjoint(v: Tensor) -> Tensor:
-            blocks = zip(self.names, self._blocks(), strict=True)
-            parts = [b.project(v[:, slices[n]].reshape((len(v), *b.shape))).flatten(1) for n, b in blocks]
-            out = v.new_zeros(len(v), size)
-            return out.index_add_(1, self._index, torch.cat(parts, 1)) if parts else out
+            parts = [v[:, slices[n]].reshape((len(v), *space.shapes[n])) for n in self.names]
+            return sums.project(parts, size, wide) if parts else v.new_zeros(len(v), size)
 
         return Function(apply, adjoint, (space.dim, size), dtype=wide, device=self.coefficients.device)
 
@@ -224,12 +223,6 @@ class Composition(nn.Module):
         with torch.no_grad():
             self.coefficients.copy_(tensors["coefficients"])
         return self
-
-    def _parts(self, flat: Tensor) -> Iterator[tuple[str, Block, Tensor]]:
-        """Names, blocks and their coefficients `[..., n, K]`, of flat ones `[..., r]`."""
-        parts = flat.index_select(-1, self._index).split(self._sizes, -1)
-        for name, block, part in zip(self.names, self._blocks(), parts, strict=True):
-            yield name, block, part.unflatten(-1, tuple(block.data.shape[1::-1]))
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
