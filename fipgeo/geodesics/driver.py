@@ -116,10 +116,11 @@ class _Walk:
         at, slope = 0.0, self._look(y)
         h = self.length / steps if steps else self._first(slope)
         for count in range(1 + (steps or max_steps)):
-            if not _sound(slope, self.rtol):
-                return _failure(slope, at, self.rtol)
-            if not self.done or self.done[-1][0] != at:
+            sound = _sound(slope, self.rtol)
+            if not self.done or (sound and self.done[-1][0] != at):
                 self.done.append((at, y, slope.gram))
+            if not sound:
+                return _failure(slope, at, self.rtol)
             left = self.length - at
             if left <= SHORTEST * self.length:
                 return Outcome.CONVERGED, f"the whole length {self.length:.4g} was followed"

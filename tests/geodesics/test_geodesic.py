@@ -188,6 +188,11 @@ def test_the_record_says_what_went_wrong() -> None:
     assert kink.speed_error > 1  # the metric jumps, and the equation cannot know
     wall = geodesic(field_of(Wall(0.0, 0.0)), None, torch.tensor([1.0, 1.0]), 5.0, damping=0.1, steps=2)
     assert wall.outcome is Outcome.NOT_FINITE and "not finite" in wall.message and len(wall) < 3
+    net, x = mlp()
+    single = field_of(net.float(), x.float())
+    poor = geodesic(single, None, direction(single.space.dim), 1.0, damping=1e-12)
+    assert not poor.ok and len(poor) == 1 and "residual" in poor.message and poor.speed_error == 0
+    assert geodesic(single, None, direction(single.space.dim), 0.5, damping=0.1).speed_error < 1e-3
 
 
 @pytest.mark.parametrize(
