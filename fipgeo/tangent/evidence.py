@@ -150,7 +150,12 @@ class Evidence:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the evidence to one safetensors file (see `fipgeo.io.save_record`)."""
-        meta = {"kind": KIND, "shard": self.shard, "components": [list(pair) for pair in self.digests.items()], "base": self.base}
+        meta = {
+            "kind": KIND,
+            "shard": self.shard,
+            "components": [list(pair) for pair in self.digests.items()],
+            "base": self.base,
+        }
         meta |= {"energy": self.energy, "count": self.count}
         save_record(path, {"gram": self.gram, "cross": self.cross}, meta, overwrite=overwrite)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,8 @@ def fit_square_(
     r"""Write the tau into a model that minimises `rescaled_square_loss` on all data, plus ridge |tau|^2.
 
     P(tau) = 1/(N C) |f_0 + J tau - kappa e_y|^2 + ridge |tau|^2 is quadratic, so conjugate gradients on
-    (J^T J / (N C) + ridge) tau = J^T (kappa e_y - f_0) / (N C) find its minimum by products with J and its transpose.
+    (J^T J / (N C) + ridge) tau = J^T (kappa e_y - f_0) / (N C) find its minimum by products with J and its transpose,
+    preconditioned by the diagonal of the system where the root holds it.
     P is strongly convex by 2 ridge, so with the residual r of that system P - min P <= |r|^2 / ridge: the iteration
     stops where this bound is below what was asked for.
 
@@ -111,6 +112,7 @@ def fit_square_(
         damping=ridge,
         rtol=min(rtol, 1.0),
         max_iters=max_iters,
+        preconditioner=_inverse_diagonal(root, count, ridge),
         x0=start.to(rhs) if bool(start.any()) else None,
     )
     tau = found.value
@@ -124,6 +126,17 @@ def fit_square_(
         found.outcome,
         found.num_products,
     )
+
+
+def _inverse_diagonal(root: JacobianRoot, count: int, ridge: float) -> Callable[[Tensor], Tensor] | None:
+    """Division by the diagonal of J^T J / (N C) + ridge, where the engine in use holds it."""
+    squares = root.column_squares()
+    if squares is None:
+        return None
+    diagonal = squares / count + ridge
+    least = max(1e-6 * float(diagonal.mean()), torch.finfo(root.dtype).tiny)
+    diagonal = diagonal.clamp_min(least).to(root.dtype)
+    return lambda r: r / diagonal
 
 
 def lacking(function: EmbeddedOutputs, theta: Tensor, kappa: float) -> Iterator[Tensor]:

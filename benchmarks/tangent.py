@@ -1,0 +1,373 @@
+"""Tangent models on real networks: what they cost, and what components of shards come to beside what people use today.
+
+    python -m benchmarks.tangent                                           all that is not on record yet
+    python -m benchmarks.tangent --parts cost memory                       time and memory beside the plain network
+    python -m benchmarks.tangent --parts shards --settings eurosat --splits data/5 class/5 --seeds 0 1 2
+    python -m benchmarks.tangent --plan                                    what would be run, and nothing else
+
+    cost       a composed model's forward and training step over the plain network's, in CPU time, turn by turn
+    memory     peak memory of a training step over the plain network's, each in a process of its own
+    shards     a ResNet-20 pretrained on CIFAR-10 with a new head; last block and head learn 1,000 images in n parts
+    fit        passes over the data that the convex fit and Adam take to one value of the loss
+
+`shards` compares components (`fit_square_`, then their mean or learned weights) with networks fine-tuned by AdamW on
+the same parts (mean of their outputs, mean of their weights) and with both kinds trained on all parts together. What
+stands before the last block is computed once. A split is data/n, equal parts at random, or class/n, whole classes.
+Options were chosen by the accuracy of data/5 on training images of EuroSAT that no part holds (--held-out). A cell is
+(part, case, seed); those on record are skipped unless --again is given. Records go to benchmarks/results/tangent.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import fipgeo
+from benchmarks.measure import race
+from benchmarks.pretrained import _network, folder
+from benchmarks.records import RESULTS, read, write
+from fipgeo.tangent import Pool, tangent_norm
+
+NETWORKS = {"akamaster_cifar10_resnet20": ("layer3.2.*", "linear.*"), "smmk47_cifar10_vit": ("*.5.*", "mlp_head.*")}
+"""Networks whose cost is measured, with the patterns of their last block and head."""
+
+SETTINGS = {"eurosat": "eurosat32", "gtsrb": "gtsrb32", "cifar10": "cifar10_train10k"}
+SPLITS = ["data/5", "data/10", "class/5"]
+COUNTS = [1, 10, 50]
+TRAINED, UNSEEN = 1000, 1000
+KAPPA = {"data": 5.0, "class": 15.0}
+FIT = {"ridge": 1e-3, "max_iters": 40}
+TUNING = {"epochs": 20, "rate": 3e-3, "batch": 32}
+
+
+class Cell(NamedTuple):
+    """One thing to be measured."""
+
+    part: str
+    case: str
+    seed: int
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parsed(arguments)
+    torch.set_num_threads(1)
+    for cell in cells(args):
+        known = {(r["part"], r["case"], r["seed"]) for r in read("tangent", args.folder)}
+        if args.plan:
+            print(*cell, sep="  ")
+        elif cell not in known or args.again:
+            found = [cell._asdict() | r for r in PARTS[cell.part](cell, args)]
+            if not args.held_out:
+                write("tangent", found, args.folder)
+            for r in found:
+                print(f"{r['case']:<48} {r['method']:<36} {r['figure']:<16} {r['value']:8.2f} {r['unit']}", flush=True)
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--splits", nargs="+", default=SPLITS, help="data/n or class/n")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rounds", type=int, default=15, help="turns of every contestant")
+    parser.add_argument("--batch", type=int, default=64, help="images in a call whose cost is measured")
+    parser.add_argument("--held-out", action="store_true", help="accuracy on unseen training images, not recorded")
+    parser.add_argument("--again", action="store_true", help="measure what is on record too")
+    parser.add_argument("--plan", action="store_true", help="print the cells and stop")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
+    return parser.parse_args(arguments)
+
+
+def cells(args: argparse.Namespace) -> Iterator[Cell]:
+    for part in args.parts:
+        if part in ("cost", "memory"):
+            for name, which in product(args.networks, ("all", "last block")):
+                yield Cell(part, f"{name}/{which}", 0)
+        elif part == "fit":
+            yield from (Cell(part, f"{setting}/300 images", 0) for setting in args.settings)
+        else:
+            for seed, setting, split in product(args.seeds, args.settings, args.splits):
+                yield Cell(part, f"{setting}/{split}", seed)
+
+
+def cost(cell: Cell, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Forwards of composed models of 1, 10 and 50 components, and a training step, over the plain network's."""
+    net, model, x, y = costly(cell.case, args.batch)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(name: str) -> fipgeo.Component:
+        tau = {n: 1e-3 * torch.randn(t.shape, generator=generator) for n, t in model.tangents().items()}
+        return fipgeo.Component(name, tau, code)
+
+    code = fipgeo.tangent.fingerprint(net)
+    parts = [drawn(f"{i:02}") for i in range(max(COUNTS))]
+    composed = {f"composed of {n}": fipgeo.compose(net, parts[:n]) for n in COUNTS}
+    calls: dict[str, Callable[[], Any]] = {"plain": quiet(net, x)}
+    calls |= {name: quiet(one, x) for name, one in composed.items()}
+    forwards = race(calls, rounds=args.rounds, limit=120)
+    steps = race({"plain": step(net, x, y), "tangent": step(model, x, y)}, rounds=args.rounds, limit=120)
+    found = []
+    for figure, series, names in (("forward", forwards, list(composed)), ("training step", steps, ["tangent"])):
+        for name in names:
+            value, span = series.ratio(name, "plain")
+            found.append({"method": name, "figure": figure, "value": value, "unit": "plain", "span": span})
+    return [r | {"clock": forwards.clock, "batch": args.batch} for r in found]
+
+
+def costly(case: str, batch: int) -> tuple[nn.Module, fipgeo.TangentModel, Tensor, Tensor]:
+    """A plain network of which all weights or those of its end are trained, a tangent model of it, and a batch."""
+    name, which = case.split("/")
+    net = _network(name)[0]
+    model = fipgeo.TangentModel(net, "*" if which == "all" else list(NETWORKS[name]))
+    for n, p in net.named_parameters():
+        p.requires_grad_(n in model.names)
+    x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return net, model, x, torch.arange(batch) % 10
+
+
+def quiet(net: nn.Module, x: Tensor) -> Callable[[], Any]:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return net(x)
+
+    return call
+
+
+def step(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
+    """A training step of the parameters that require a gradient."""
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-6)
+
+    def call() -> None:
+        optimizer.zero_grad()
+        cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+    return call
+
+
+def memory(cell: Cell, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a training step on 256 images adds to the process at its peak, over the plain network's."""
+    del args
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as workers:
+        plain, tangent = (workers.apply(peak, (cell.case, kind)) for kind in ("plain", "tangent"))
+    record = {"method": "tangent", "figure": "peak memory", "value": tangent / plain, "unit": "plain"}
+    return [record | {"mib": [round(tangent / 2**10, 1), round(plain / 2**10, 1)], "batch": 256}]
+
+
+def peak(case: str, kind: str) -> int:
+    """KiB by which the largest size of this process grows in a training step, after one on two images."""
+    torch.set_num_threads(1)
+    net, model, x, y = costly(case, 256)
+    one = net if kind == "plain" else model
+    step(one, x[:2], y[:2])()
+    Path("/proc/self/clear_refs").write_text("5")  # the largest size is counted from here
+    before = size("VmRSS")
+    step(one, x, y)()
+    return size("VmHWM") - before
+
+
+def size(key: str) -> int:
+    """KiB of this process, on Linux."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0])
+
+
+class Data(NamedTuple):
+    """The end of the network, and what its input is for images of a setting."""
+
+    net: nn.Module
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+def loaded(setting: str, seed: int, held_out: bool) -> Data:
+    """Training images drawn with a seed, and the test set or, for choices, training images beyond those."""
+    model, _, (mean, std) = _network("akamaster_cifar10_resnet20")
+    file: Any = np.load(folder() / "images" / f"{SETTINGS[setting]}.npz")
+    prefix = "train_" if "train_images" in file else ""
+    images, labels = file[prefix + "images"], file[prefix + "labels"]
+    order = np.random.default_rng(seed).permutation(len(images))
+    first, rest = order[:TRAINED], order[-UNSEEN:]
+    test: Any = file if prefix else np.load(folder() / "images" / "cifar10_test.npz")
+    key = "test_" if prefix else ""
+    tests = (images[rest], labels[rest]) if held_out else (test[key + "images"], test[key + "labels"])
+    classes = int(labels.max()) + 1
+    head = nn.Linear(64, classes)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(classes, 64, generator=torch.Generator().manual_seed(seed)) / 8)
+        head.bias.zero_()
+    trunk = nn.Sequential(model.conv1, model.bn1, nn.ReLU(), model.layer1, model.layer2, model.layer3[:2])  # type: ignore
+    end = nn.Sequential(model.layer3[2], nn.AvgPool2d(8), nn.Flatten(), head)  # type: ignore
+
+    def hidden(images: Any) -> Tensor:
+        x = torch.from_numpy(images).float() / 255
+        x = (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+        with torch.no_grad():
+            return torch.cat([trunk(part) for part in x.split(250)])
+
+    x, x_test = hidden(images[first]), hidden(tests[0])
+    y, y_test = (torch.from_numpy(part.astype(np.int64)) for part in (labels[first], tests[1]))
+    return Data(end.eval(), x, y, x_test, y_test)
+
+
+def parts_of(y: Tensor, split: str) -> list[Tensor]:
+    """Indices of the examples of every part."""
+    kind, number = split.split("/")
+    n = int(number)
+    group = torch.arange(len(y)) % n if kind == "data" else y * n // (int(y.max()) + 1)
+    return [torch.nonzero(group == i).flatten() for i in range(n)]
+
+
+def outputs(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([net(part) for part in x.split(250)])
+
+
+def shards(cell: Cell, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Accuracies on the test set of all ways to use the parts; and what forgetting the last of them takes."""
+    setting, split = cell.case.split("/", 1)
+    data = loaded(setting, cell.seed, args.held_out)
+    parts = parts_of(data.y, split)
+    kappa = KAPPA[split.split("/")[0]]
+    seconds: dict[str, float] = {}
+    begun = time.process_time()
+    pool = Pool(data.net, [component(data, index, f"{i:02}", kappa) for i, index in enumerate(parts)])
+    seconds["components"] = time.process_time() - begun
+    for name, index in zip(pool.components, parts, strict=True):
+        pool.measure((data.x[index], data.y[index]), name, kappa=kappa)
+    weights = pool.weights()
+    tuned = [finetuned(data, index, cell.seed) for index in parts]
+    begun = time.process_time()
+    joint = finetuned(data, torch.arange(len(data.y)), cell.seed)
+    seconds["joint"] = time.process_time() - begun
+    whole = component(data, torch.arange(len(data.y)), "whole", kappa)
+    mean = copy.deepcopy(data.net)
+    states = [net.state_dict() for net in tuned]
+    mean.load_state_dict({n: torch.stack([s[n].double() for s in states]).mean(0).to(t) for n, t in states[0].items()})
+    nets = {
+        "components, mean": pool.model(),
+        "components, learned weights": pool.model(weights),
+        "fine-tuned, mean of weights": mean,
+        "tangent model, all parts": fipgeo.compose(data.net, [whole]),
+        "fine-tuned, all parts": joint,
+    }
+    scores = {name: outputs(net, data.x_test) for name, net in nets.items()}
+    members = torch.stack([outputs(net, data.x_test) for net in tuned])
+    scores["fine-tuned, mean of outputs"] = members.mean(0)
+    scores["fine-tuned, mean of probabilities"] = members.softmax(-1).mean(0)
+    found = []
+    for name, score in scores.items():
+        value = 100 * float(score.argmax(1).eq(data.y_test).double().mean())
+        found.append({"method": name, "figure": "test_accuracy", "value": round(value, 2), "unit": "%"})
+    found[1] |= {"weights": {name: round(w, 4) for name, w in weights.items()}}
+    return [*(r | {"fit": FIT | {"kappa": kappa}, "tuning": TUNING} for r in found), *forgetting(pool, data, seconds)]
+
+
+def component(data: Data, index: Tensor, name: str, kappa: float) -> fipgeo.Component:
+    model = fipgeo.TangentModel(data.net, copy=False)
+    fipgeo.fit_square_(model, (data.x[index], data.y[index]), kappa=kappa, **FIT)  # type: ignore[arg-type]
+    return fipgeo.Component.of(model, name)
+
+
+def finetuned(data: Data, index: Tensor, seed: int) -> nn.Module:
+    """The end of the network, trained by AdamW with a cosine schedule on cross-entropy."""
+    net, generator = copy.deepcopy(data.net), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=TUNING["rate"])
+    batch = int(TUNING["batch"])
+    steps = int(TUNING["epochs"]) * -(-len(index) // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(int(TUNING["epochs"])):
+        for chosen in index[torch.randperm(len(index), generator=generator)].split(batch):
+            optimizer.zero_grad()
+            cross_entropy(net(data.x[chosen]), data.y[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+    return net.requires_grad_(True).eval()
+
+
+def forgetting(pool: Pool, data: Data, seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """Forgetting the last component: CPU time over retraining the joint network, and the difference to never had."""
+    name = list(pool.components)[-1]
+    never = Pool(data.net, [c for c in pool.components.values() if c.name != name])
+    for shard, evidence in pool.evidence.items():
+        if shard != name:
+            never.hear(evidence)
+    begun = time.process_time()
+    pool.forget(name)
+    model = pool.model(pool.weights())
+    took = time.process_time() - begun
+    gap = (outputs(model, data.x_test) - outputs(never.model(never.weights()), data.x_test)).abs().max()
+    share = 100 * took / (seconds["joint"] * (len(pool) / (len(pool) + 1)))
+    base = {"method": "forget one component", "seconds": took, "joint_seconds": seconds["joint"]}
+    base |= {"components_seconds": seconds["components"]}
+    return [
+        base | {"figure": "retraining", "value": round(share, 4), "unit": "%"},
+        base | {"figure": "difference", "value": float(gap), "unit": "outputs"},
+    ]
+
+
+def fit(cell: Cell, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What Adam reaches in 50 epochs at its best rate, and the products and seconds in which the fit is below it."""
+    data = loaded(cell.case.split("/")[0], cell.seed, args.held_out)
+    x, y, ridge, kappa = data.x[:300], data.y[:300], FIT["ridge"], KAPPA["data"]
+    best, rate, took = min(adam(data.net, x, y, ridge, kappa, rate) for rate in (1e-3, 3e-3, 1e-2))
+    found = {"method": "Adam, 50 epochs", "figure": "objective", "value": best, "unit": "loss", "rate": rate}
+    records = [found | {"seconds": took}]
+    for iterations in (5, 10, 20, 40, 80, 160):
+        model = fipgeo.TangentModel(data.net, copy=False)
+        begun = time.process_time()
+        solved = fipgeo.fit_square_(model, (x, y), kappa=kappa, ridge=ridge, gap=1e-6, max_iters=iterations)
+        spent = time.process_time() - begun
+        records.append({"method": f"fit_square_, {solved.num_products} products", "figure": "objective"})
+        records[-1] |= {"value": solved.objective, "unit": "loss", "seconds": spent, "products": solved.num_products}
+        if solved.objective < best:
+            passes = 50 / solved.num_products
+            records.append({"method": "fit_square_", "figure": "passes saved", "value": passes, "unit": "times"})
+            records.append({"method": "fit_square_", "figure": "time saved", "value": took / spent, "unit": "times"})
+            break
+    return records
+
+
+def adam(net: nn.Module, x: Tensor, y: Tensor, ridge: float, kappa: float, rate: float) -> tuple[float, float, float]:
+    """The objective after 50 epochs with the published drops of the rate, the rate, and CPU seconds."""
+    model, generator = fipgeo.TangentModel(net), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.tangents().values(), lr=rate)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [25, 40])
+    begun = time.process_time()
+    for _ in range(50):
+        for chosen in torch.randperm(len(y), generator=generator).split(32):
+            optimizer.zero_grad()
+            loss = fipgeo.rescaled_square_loss(model(x[chosen]), y[chosen], kappa)
+            (loss + ridge * tangent_norm(model, squared=True)).backward()
+            optimizer.step()
+        schedule.step()
+    took = time.process_time() - begun
+    with torch.no_grad():
+        loss = fipgeo.rescaled_square_loss(model(x), y, kappa) + ridge * tangent_norm(model, squared=True)
+    return float(loss), rate, took
+
+
+PARTS: dict[str, Callable[[Cell, argparse.Namespace], list[dict[str, Any]]]] = {
+    "cost": cost,
+    "memory": memory,
+    "shards": shards,
+    "fit": fit,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
