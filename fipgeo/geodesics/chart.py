@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fipgeo.field import MetricField
 from fipgeo.jacobian import JacobianRoot, SecondOrder, Taylor
+from fipgeo.jacobian.cost import Costs
 from fipgeo.linalg import LinearOperator
 from fipgeo.metrics import Metric
 
@@ -76,8 +77,17 @@ class Chart:
     def at(self, c: Tensor) -> Metric:
         """The metric at coordinates c, as a tensor on coordinates."""
         survey = self.second.survey
-        found = Metric(JacobianRoot(self.field.function, self.weights(c), survey=survey), survey.normaliser)
+        root = JacobianRoot(self.field.function, self.weights(c), survey=survey)
+        root.costs = self.costs
+        root.prepare()
+        found = Metric(root, survey.normaliser)
         return found if self.basis is None else found.pullback(self.basis)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What engines and solves take; the same at every point."""
+        theta = self.field.map.point() if self.origin is None else self.origin
+        return JacobianRoot(self.field.function, theta, survey=self.second.survey).costs
 
     def taylor(self, c: Tensor, v: Tensor, w: Tensor) -> Taylor:
         """z, z'[v] and z''[v, w] at coordinates c, for stacks of tangents v `[k, r]` and one tangent w `[r]`."""

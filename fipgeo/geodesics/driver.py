@@ -131,7 +131,8 @@ class _Walk:
             size = self._size(slope, y, gap) if steps is None else 0.0
             then = self._look(new) if size <= self.rtol else None
             if then is not None and (steps is not None or _sound(then, self.rtol)):
-                at, y, slope = (self.length if h == left else at + h), new, then
+                at = self.length * (count + 1) / steps if steps else self.length if h == left else at + h
+                y, slope = new, then
             else:
                 self.num_rejected += 1
                 size = math.inf if then is not None else size

@@ -27,7 +27,7 @@ def test_straight_lines_in_polar_coordinates_and_the_order_of_every_method(metho
     module = Polar(1.0, 0.3)
     start, v = module.q.detach(), torch.tensor([0.2, 1.0])
     gaps = []
-    for steps in (4, 8):
+    for steps in (3, 6):
         path = geodesic(field_of(module), None, v, 1.0, damping=0, method=method, steps=steps)
         assert path.ok and len(path) == steps + 1 and path.lengths[-1] == 1.0
         u = pushed(module, start, v)
@@ -43,7 +43,7 @@ def test_great_circles_and_transport_along_them(seed: int) -> None:
     draw = torch.rand(5, generator=torch.Generator().manual_seed(seed))
     module = Sphere(0.8 + float(draw[0]), float(draw[1]))
     start, v = module.q.detach(), draw[2:4] - 0.5
-    path = geodesic(field_of(module), None, v, 0.3, damping=0, steps=6, carry=torch.eye(2))
+    path = geodesic(field_of(module), None, v, 0.2, damping=0, steps=4, carry=torch.eye(2))
     p, u = module.embed(start), pushed(module, start, v)
     u = u / u.norm()
     t = path.lengths[-1]
@@ -116,7 +116,7 @@ def _convnet() -> tuple[nn.Module, Tensor]:
 def test_damped_speed_is_conserved_and_that_of_the_outputs_is_not(name: str) -> None:
     net, x = NETWORKS[name]()
     field = field_of(net, x)
-    path = geodesic(field, None, direction(field.space.dim), 1.0, damping=0.05, rtol=1e-4)
+    path = geodesic(field, None, direction(field.space.dim), 1.0, damping=0.05, rtol=3e-4)
     assert path.ok and path.lengths[-1] == 1.0
     assert path.speed_error < 1e-3 and path.speeds[0] == pytest.approx(1)
     assert float((path.output_speeds / path.output_speeds[0] - 1).abs().max()) > 10 * path.speed_error
@@ -132,11 +132,11 @@ def test_there_and_back_in_pieces_with_inner_products_kept() -> None:
     start, v = field.map.point(), direction(field.space.dim)
     vectors = torch.stack([direction(len(v), 5), direction(len(v), 6)])
     options: dict[str, Any] = {"damping": 0.3}
-    whole = geodesic(field, None, v, 0.6, steps=3, carry=vectors, **options)
-    first = geodesic(field, start, v, 0.4, steps=2, **options)
+    whole = geodesic(field, None, v, 0.4, steps=2, carry=vectors, **options)
+    first = geodesic(field, start, v, 0.2, steps=1, **options)
     second = geodesic(field, first.end, first.velocities[-1], 0.2, steps=1, **options)
     assert torch.allclose(second.end, whole.end, atol=1e-10)
-    back = geodesic(field, whole.end, -whole.velocities[-1], 0.6, steps=3, **options)
+    back = geodesic(field, whole.end, -whole.velocities[-1], 0.4, steps=2, **options)
     assert torch.allclose(back.end, start, atol=1e-5)
 
     def products(metric: Metric, rows: Tensor) -> Tensor:
