@@ -5,6 +5,7 @@ from fipgeo.atlas.kinds import Isotropic, Kind, Partitions, PerBlock, PerLayer, 
 from fipgeo.atlas.losses import Loss, square
 from fipgeo.atlas.recipes import dare, elect, lines, ties, trim
 from fipgeo.atlas.solve import Fit, Goal, fit_
+from fipgeo.atlas.uses import choose_vectors, cosines, disentanglement_error, forget_
 
 __all__ = [
     "Composition",
@@ -16,9 +17,13 @@ __all__ = [
     "Partitions",
     "PerBlock",
     "PerLayer",
+    "choose_vectors",
+    "cosines",
     "dare",
+    "disentanglement_error",
     "elect",
     "fit_",
+    "forget_",
     "lines",
     "partition",
     "square",

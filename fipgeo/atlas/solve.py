@@ -1,9 +1,9 @@
 r"""Learning coefficients by solving for them: the network is linearised, the loss is not.
 
-    minimise over d   sum_t w_t mean_n loss(f_n + A_n d, y_n) + ridge/2 |c + d|^2 + damping/2 |d|^2
+    minimise over d   sum_t w_t mean_n loss(f_n + A_n d, y_n) + ridge/2 |c + d|^2 + damping/2 |D d|^2
 
 A is the derivative of the outputs by the r coefficients, so the curvature is that of the metric pulled back to them,
-B^T g B, in the geometry that belongs to the loss. The problem has r unknowns and needs no pass through the network; the
+B^T g B, in the geometry that belongs to the loss. D holds how strongly the outputs feel each coefficient. The problem has r unknowns and needs no pass through the network; the
 damping is searched along by forward passes alone, as in Levenberg's method.
 """
 
@@ -215,11 +215,12 @@ class _Term:
         return list(TensorBatches(chosen)) if isinstance(self.batches, TensorBatches) else [chosen]
 
     def mean(self, part: list[Any], c: Tensor) -> float:
-        losses = [self.loss.value(self.expander.outputs(c, batch), _labels(batch)) for batch in part]
+        losses = [self.loss.value(self.expander.outputs(c, batch), labels_of(batch)) for batch in part]
         return self.weight * float(torch.cat(losses).double().mean())
 
 
-def _labels(batch: Any) -> Tensor | None:
+def labels_of(batch: Any) -> Tensor | None:
+    """The y of a batch `(x, y)`; None for other batches."""
     return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
 
 
@@ -243,7 +244,7 @@ def _spent(terms: list[_Term]) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _Expanded:
+class Expanded:
     """Outputs `[n, ..., C]`, their derivative `[n, O, r]` and labels of one batch; `share` is weight / N."""
 
     loss: Loss
@@ -253,12 +254,15 @@ class _Expanded:
     labels: Tensor | None
 
     def at(self, d: Tensor) -> Tensor:
+        """Outputs of the linearised network."""
         return self.f + (self.a @ d).view_as(self.f)
 
     def value(self, d: Tensor) -> float:
+        """What the batch adds to the objective."""
         return self.share * float(self.loss.value(self.at(d), self.labels).double().sum())
 
     def gradient(self, d: Tensor) -> Tensor:
+        """Its derivative by d."""
         out = self.at(d).requires_grad_()
         with torch.enable_grad():
             (slope,) = torch.autograd.grad(self.loss.value(out, self.labels).sum(), out)
@@ -278,28 +282,34 @@ class _Problem:
 
     c: Tensor
     ridge: float
-    parts: list[_Expanded]
+    parts: list[Expanded]
+    weights: Tensor  # D, flat
 
     @classmethod
     def at(cls, terms: list[_Term], parts: list[list[Any]], c: Tensor, ridge: float) -> _Problem:
         out = []
         for term, part in zip(terms, parts, strict=True):
-            found = [(*term.expander(c, batch), _labels(batch)) for batch in part]
+            found = [(*term.expander(c, batch), labels_of(batch)) for batch in part]
             share = term.weight / sum(len(f) for f, _, _ in found)
-            out += [_Expanded(term.loss, share, f.to(a.dtype), a, y) for f, a, y in found]
-        return cls(c, ridge, out)
+            out += [Expanded(term.loss, share, f.to(a.dtype), a, y) for f, a, y in found]
+        felt = torch.stack([part.a.flatten(0, 1).norm(dim=0) for part in out]).norm(dim=0)
+        felt = felt + 1e-3 * felt.max() if bool(felt.any()) else torch.ones_like(felt)
+        return cls(c, ridge, out, felt / felt.log().mean().exp())
 
     def scale(self) -> float:
-        """The mean eigenvalue of the metric at c; 1 if it is zero."""
+        """The mean eigenvalue of the metric of D d at c; 1 if it is zero."""
         zero = self.c.new_zeros(self.c.numel())
-        return sum(float(p.root(zero).double().square().sum()) for p in self.parts) / len(zero) or 1.0
+        return sum(float((p.root(zero) / self.weights).double().square().sum()) for p in self.parts) / len(zero) or 1.0
 
     def gain(self, d: Tensor) -> float:
         """How much the objective falls by a step, as the linearised network has it."""
         return self.value(torch.zeros_like(d.flatten()), 0.0) - self.value(d.flatten(), 0.0)
 
     def value(self, d: Tensor, mu: float) -> float:
-        squares = self.ridge * (self.c.flatten() + d).double().square().sum() + mu * d.double().square().sum()
+        squares = (
+            self.ridge * (self.c.flatten() + d).double().square().sum()
+            + mu * (self.weights * d).double().square().sum()
+        )
         return sum(part.value(d) for part in self.parts) + float(squares) / 2
 
     def solved(self, mu: float, start: Tensor | None) -> Tensor:
@@ -310,11 +320,14 @@ class _Problem:
         if now > first:
             d, now = zero, first
         for _ in range(NEWTON):
-            slope = sum((part.gradient(d) for part in self.parts), self.ridge * (self.c.flatten() + d) + mu * d)
-            root = torch.cat([part.root(d) for part in self.parts])
+            slope = sum((part.gradient(d) for part in self.parts), self.ridge * (self.c.flatten() + d))
+            slope = slope + mu * self.weights.square() * d
+            rows = [part.root(d) / self.weights for part in self.parts]
+            rows += [(self.ridge**0.5 / self.weights).diag()] if self.ridge else []
+            root = torch.cat(rows)
             way = "dual" if root.shape[0] < root.shape[1] else "dense"
-            solution = Metric(Dense(root), 1).solve(-slope.double(), self.ridge + mu, method=way)
-            move, size, before = solution.value.to(d), 1.0, now
+            solution = Metric(Dense(root), 1).solve(-(slope / self.weights).double(), mu, method=way)
+            move, size, before = solution.value.to(d) / self.weights, 1.0, now
             tried = self.value(d + move, mu)
             while not tried < now and size > 1e-4:
                 size /= 2

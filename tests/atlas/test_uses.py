@@ -1,0 +1,85 @@
+"""Forgetting under a floor, the choice of vectors, and diagnostics, against their definitions."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fipgeo import Composition, TaskVector
+from fipgeo.atlas import choose_vectors, cosines, disentanglement_error, forget_
+from fipgeo.atlas.uses import pivots
+
+from ..test_task_vectors import shaken
+from .test_composition import bank, draw
+
+
+def test_a_target_is_forgotten_and_the_control_stays_above_its_floor() -> None:
+    x = draw(0, 200, 6)
+    labels = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
+    away = labels < 2
+    base = nn.Linear(6, 4).double()
+    with torch.no_grad():
+        base.weight.copy_(torch.linalg.lstsq(x, 2 * nn.functional.one_hot(labels).double() - 1).solution.T * 4)
+        base.bias.zero_()
+    vectors = [TaskVector({"weight": draw(i, 4, 6), "bias": draw(i + 9, 4)}) for i in range(6)]
+    model = Composition(base, vectors)
+
+    def shares() -> list[float]:
+        right = (model(x).argmax(1) == labels).double()
+        return [float(right[part].mean()) for part in (away, ~away)]
+
+    before = shares()
+    loss = cross_entropy(model(x[away]), labels[away]).item()
+    fits = forget_(model, (x[away], labels[away]), (x[~away], labels[~away]), floor=0.9, ridge=0.1, steps=4)
+    after = shares()
+    assert after[1] >= 0.9 * before[1] and after[0] < before[0] and len(fits) >= 1
+    assert cross_entropy(model(x[away]), labels[away]).item() > loss
+    with pytest.raises(ValueError, match="floor: got 0"):
+        forget_(model, (x, labels), (x, labels), floor=0)
+    with pytest.raises(ValueError, match="control: its accuracy needs labels"):
+        forget_(model, (x, labels), x)
+
+
+@given(seed=st.integers(0, 2**20), budget=st.integers(1, 3))
+def test_pivots_are_a_greedy_choice(seed: int, budget: int) -> None:
+    root, columns = draw(seed, 9, 12), 4
+    taken: list[int] = []
+    for _ in range(budget * columns):
+        basis = torch.linalg.qr(root[:, taken])[0] if taken else root[:, :0]
+        left = (root - basis @ (basis.T @ root)).square().sum(0)
+        full = [sum(i % columns == j % columns for i in taken) >= budget for j in range(12)]
+        open_ = torch.tensor([-1.0 if full[j] or j in taken else float(left[j]) for j in range(12)])
+        if float(open_.max()) <= 1e-9:
+            break
+        taken.append(int(open_.argmax()))
+    found = pivots(root, budget, columns)
+    assert sorted(taken) == found.flatten().nonzero().flatten().tolist()
+    assert int(found.sum(0).max()) <= budget
+
+
+def test_a_vector_that_repeats_another_is_not_chosen() -> None:
+    base, vectors, x = bank("mixed", 2, 3)
+    chosen = choose_vectors(base, [vectors[0], 2.0 * vectors[0], vectors[1]], x, 2)
+    assert len(chosen) == 3 and not set(chosen[0].tensors) & set(chosen[1].tensors) - {"unused"}
+    assert "unused" not in {name for vector in chosen for name in vector.tensors}
+    model = Composition(base, chosen)
+    assert all(block.data.shape[1] <= 2 for block in model._blocks())
+    with pytest.raises(ValueError, match="budget: got 0"):
+        choose_vectors(base, vectors, x, 0)
+
+
+def test_diagnostics() -> None:
+    base, vectors, x = bank("tied", 3, 3)
+    found = cosines(vectors)
+    assert torch.equal(found, found.T) and abs(float(found[0, 2]) - vectors[0].cosine(vectors[2])) < 1e-12
+    errors = disentanglement_error(base, vectors[:2], [x, x], [1.0, 0.5])
+    both = vectors[1].apply_to(vectors[0].apply_to(base), 0.5)
+    alone = [vectors[0].apply_to(base), vectors[1].apply_to(base, 0.5)]
+    expected = [(net(x).argmax(1) != both(x).argmax(1)).double().mean() for net in alone]
+    torch.testing.assert_close(errors, torch.stack(expected))
+    assert not disentanglement_error(base, vectors[:1], [x]).any()
+    with pytest.raises(ValueError, match="expected one of each for every task"):
+        disentanglement_error(base, vectors, [x])
+    assert shaken(base, 1) is not base
