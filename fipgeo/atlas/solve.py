@@ -3,8 +3,9 @@ r"""Learning coefficients by solving for them: the network is linearised, the lo
     minimise over d   sum_t w_t mean_n loss(f_n + A_n d, y_n) + ridge/2 |c + d|^2 + damping/2 |D d|^2
 
 A is the derivative of the outputs by the r coefficients, so the curvature is that of the metric pulled back to them,
-B^T g B, in the geometry that belongs to the loss. D holds how strongly the outputs feel each coefficient. The problem has r unknowns and needs no pass through the network; the
-damping is searched along by forward passes alone, as in Levenberg's method.
+B^T g B, in the geometry that belongs to the loss; D says how strongly the outputs feel each coefficient. The problem
+has r unknowns and needs no pass through the network; the damping is searched along by forward passes alone, as in
+Levenberg's method.
 """
 
 from __future__ import annotations
@@ -306,11 +307,8 @@ class _Problem:
         return self.value(torch.zeros_like(d.flatten()), 0.0) - self.value(d.flatten(), 0.0)
 
     def value(self, d: Tensor, mu: float) -> float:
-        squares = (
-            self.ridge * (self.c.flatten() + d).double().square().sum()
-            + mu * (self.weights * d).double().square().sum()
-        )
-        return sum(part.value(d) for part in self.parts) + float(squares) / 2
+        squares = self.ridge * (self.c.flatten() + d).square() + mu * (self.weights * d).square()
+        return sum(part.value(d) for part in self.parts) + float(squares.double().sum()) / 2
 
     def solved(self, mu: float, start: Tensor | None) -> Tensor:
         """The best d at a damping, by Newton's method in the metric with halved steps where one is too long."""

@@ -10,6 +10,7 @@ matplotlib.pyplot is imported only when a new figure has to be made, so importin
 backend.
 """
 
+from fipgeo.plotting.coefficients import plot_coefficients
 from fipgeo.plotting.density import DensityRecord, plot_density
 from fipgeo.plotting.layers import plot_layer_sparsity
 from fipgeo.plotting.path import PathRecord, plot_path
@@ -26,6 +27,7 @@ __all__ = [
     "SpectrumRecord",
     "figure_svg",
     "plot_accuracy",
+    "plot_coefficients",
     "plot_density",
     "plot_layer_sparsity",
     "plot_path",

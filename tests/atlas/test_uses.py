@@ -4,14 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fipgeo import Composition, TaskVector
 from fipgeo.atlas import choose_vectors, cosines, disentanglement_error, forget_
 from fipgeo.atlas.uses import pivots
+from fipgeo.plotting import plot_coefficients
 
-from ..test_task_vectors import shaken
 from .test_composition import bank, draw
 
 
@@ -82,4 +83,18 @@ def test_diagnostics() -> None:
     assert not disentanglement_error(base, vectors[:1], [x]).any()
     with pytest.raises(ValueError, match="expected one of each for every task"):
         disentanglement_error(base, vectors, [x])
-    assert shaken(base, 1) is not base
+
+
+def test_coefficients_are_drawn() -> None:
+    base, vectors, _ = bank("tied", 3, 2)
+    model = Composition(base, vectors, start=-0.5)
+    axes = Figure().subplots()
+    assert plot_coefficients(model, names=["one", "two"], ax=axes) is axes
+    (image,) = axes.images
+    assert image.get_clim() == (-0.5, 0.5) and image.get_array().shape == (2, 3)  # type: ignore[union-attr]
+    assert [t.get_text() for t in axes.get_xticklabels()] == model.labels
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["one", "two"]
+    with pytest.raises(ValueError, match="labels: got 1, expected 2"):
+        plot_coefficients([[0.0, 0.0]], ["a"], ax=axes)
+    with pytest.raises(ValueError, match="coefficients: got shape"):
+        plot_coefficients([0.0], ax=axes)

@@ -1,0 +1,297 @@
+"""Learning coefficients of task vectors: what composing costs, and how far the solver gets beside AdamW.
+
+    python -m benchmarks.atlas                                  all that is not on record yet
+    python -m benchmarks.atlas --cells compose step             what composing eight vectors costs
+    python -m benchmarks.atlas --cells few --tasks mnist --shots 1 4 16
+    python -m benchmarks.atlas --cells add
+    python -m benchmarks.atlas --plan
+
+Times are medians of interleaved runs in CPU seconds. Coefficients are learned over the bank of `benchmarks.banks`, one
+for each vector and tensor. "few": a task whose own vector is left out, from k images of each class, under a head made
+of the same images; AdamW as published (learning rate 0.1, weight decay 0.1, cosine, 30 epochs of at least 10 steps,
+batches of 128). "add": all tasks at once, on validation images that no vector was made of; AdamW as published (0.001,
+weight decay 0.1, 20 epochs, 16 images of each task in a step). AdamW runs its schedule; the solver stops at the
+training loss which that reached. Passes are in examples: AdamW's count one each, the solver's as `fipgeo.atlas.Fit`
+says. Accuracy is on test images, by which nothing is chosen; at coefficients 0 it is that of the pretrained network.
+
+Records go to benchmarks/results/atlas.json, cell by cell; what is there is not measured again without --again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from benchmarks.banks import FILES, Images, accuracy, bank, head, images, scores, trunk
+from benchmarks.models import build
+from benchmarks.records import RESULTS, read, write
+from fipgeo import Composition, TaskVector
+from fipgeo.atlas import Goal, fit_
+
+OURS = "fipgeo"
+SHAPES = {"resnet20": 64, "vit": 8, "mlp": 128}
+"""Networks whose composition is timed, and examples of a step."""
+VECTORS = 8
+ADDED = ("mnist", "fashion", "usps", "gtsrb", "eurosat")
+"""Tasks of the bank that are learned together; Omniglot has ten times as many classes."""
+
+Record = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parsed(arguments)
+    torch.set_num_threads(1)
+    begun, failed = time.perf_counter(), 0
+    known = set() if args.again else {(r["case"], r["seed"]) for r in read("atlas", args.folder)}
+    for case, seed, run in cells(args):
+        if (case, seed) in known or time.perf_counter() - begun > args.limit:
+            continue
+        if args.plan:
+            print(case, f"seed {seed}", sep="  ")
+            continue
+        try:
+            found = [{"case": case, "seed": seed} | record for record in run()]
+        except Exception as error:  # the other cells do not depend on it
+            failed += 1
+            print(f"{case}  {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            continue
+        write("atlas", found, args.folder)
+        for r in found:
+            print(f"{case:<16} {r['method']:<16} {r['figure']:<14} {r['value']:>12} {r['unit']}", flush=True)
+    if failed:
+        sys.exit(f"{failed} cells failed")
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = ["compose", "step", "few", "add"]
+    parser.add_argument("--cells", nargs="+", default=kinds, choices=kinds)
+    parser.add_argument("--networks", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--tasks", nargs="+", default=list(ADDED), choices=list(FILES))
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--limit", type=float, default=float("inf"), help="no cell begins after so many seconds")
+    parser.add_argument("--again", action="store_true", help="measure what is on record too")
+    parser.add_argument("--plan", action="store_true", help="print the cells and stop")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
+    return parser.parse_args(arguments)
+
+
+def cells(args: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[], list[Record]]]]:
+    """Name, seed and measurement of each cell."""
+    for name in args.networks:
+        for kind, run in (("compose", composing), ("step", stepping)):
+            if kind in args.cells:
+                yield f"{kind}/{name}", 0, lambda run=run, name=name: run(name)
+    for seed in args.seeds:
+        for count in args.shots if "few" in args.cells else ():
+            for task in args.tasks:
+                run = lambda task=task, count=count, seed=seed: few_shot(task, count, seed)  # noqa: E731
+                yield f"few/{task}/k={count}", seed, run
+        if "add" in args.cells:
+            yield f"add/{'+'.join(args.tasks)}", seed, lambda seed=seed: addition(args.tasks, seed)
+
+
+def timed(**calls: Callable[[], Any]) -> dict[str, float]:
+    """Median CPU seconds of some functions that are called in turn."""
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(12):
+        for name, call in calls.items():
+            begun = time.process_time()
+            call()
+            if turn:
+                spent[name].append(time.process_time() - begun)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def composed(name: str) -> tuple[Composition, Mapping[str, Tensor], list[TaskVector], Tensor]:
+    case = build(name, SHAPES[name])
+    assert isinstance(case.inputs, Tensor)
+    draws, base = torch.Generator().manual_seed(0), dict(case.model.named_parameters())
+    vectors = [
+        TaskVector({n: 0.01 * torch.randn(p.shape, generator=draws) for n, p in base.items()}) for _ in range(VECTORS)
+    ]
+    return Composition(case.model, vectors, start=0.1).eval(), base, vectors, case.inputs
+
+
+def composing(name: str) -> list[Record]:
+    """One composition without its derivative, beside a sum of products in Python."""
+    model, base, vectors, _ = composed(name)
+
+    @torch.no_grad()
+    def plain() -> dict[str, Tensor]:
+        rows = model.coefficients
+        out = {}
+        for column, (n, start) in enumerate(base.items()):
+            out[n] = start + sum(rows[i, column] * vector.tensors[n] for i, vector in enumerate(vectors))
+        return out
+
+    @torch.no_grad()
+    def fused() -> dict[str, Tensor]:
+        return model.weights()
+
+    gap = max(float((plain()[n] - t).abs().max()) for n, t in fused().items())
+    assert gap < 1e-4, f"the two differ by {gap}"
+    return ratios(timed(ours=fused, other=plain), "sum of products")
+
+
+def stepping(name: str) -> list[Record]:
+    """Forward and backward pass with coefficients, beside one with the composed weights as they are."""
+    model, _, _, x = composed(name)
+    fixed = {n: t.detach().requires_grad_() for n, t in model.weights().items()}
+
+    def plain() -> None:
+        for t in fixed.values():
+            t.grad = None
+        functional_call(model.module, fixed, (x,)).logsumexp(1).sum().backward()
+
+    def ours() -> None:
+        model.coefficients.grad = None
+        model(x).logsumexp(1).sum().backward()
+
+    return ratios(timed(ours=ours, other=plain), "fixed weights")
+
+
+def ratios(times: dict[str, float], other: str) -> list[Record]:
+    return [
+        {"method": OURS, "figure": "seconds", "value": round(times["ours"], 5), "unit": "s"},
+        {"method": other, "figure": "seconds", "value": round(times["other"], 5), "unit": "s"},
+        {"method": OURS, "figure": "ratio", "value": round(times["ours"] / times["other"], 3), "unit": f"of {other}"},
+    ]
+
+
+def few_shot(name: str, count: int, seed: int) -> list[Record]:
+    """A task from a few images of each class, by the other tasks' vectors."""
+    task, base = images(name), trunk()
+    others = [images(other) for other in ADDED if other != name]
+    x, y = task.shots(count, seed)
+    labels = torch.searchsorted(y.unique(), y)
+    data, classes = (x, labels), head(base, x, y)
+    forward = scores(classes)
+    steps = 30 * max(10, -(-len(x) // 128))
+    draws = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[list[Any]]:
+        while True:
+            for part in torch.randperm(len(x), generator=draws).split(128):
+                yield [(forward, (x[part], labels[part]))]
+
+    vectors = list(bank(others).values())
+    model = Composition(base, vectors).eval()
+    theirs = adamw(model, batches(), steps, lr=0.1, cosine=True)
+    goals = [Goal(data, forward_fn=forward)]
+    return compared(model, goals, theirs, [(task, classes)], seed)
+
+
+def addition(names: list[str], seed: int) -> list[Record]:
+    """All tasks at once, on their validation images."""
+    tasks, base = [images(name) for name in names], trunk()
+    heads = [head(base, *task.train) for task in tasks]
+    forwards = [scores(classes) for classes in heads]
+    draws = torch.Generator().manual_seed(seed)
+
+    def order(task: Images, forward: Any) -> Iterator[Any]:
+        x, y = task.validation
+        while True:
+            for part in torch.randperm(len(x), generator=draws).split(16):
+                yield forward, (x[part], y[part])
+
+    streams = [order(*pair) for pair in zip(tasks, forwards, strict=True)]
+    batches = ([next(stream) for stream in streams] for _ in cycle([0]))
+    model = Composition(base, list(bank(tasks).values())).eval()
+    steps = 20 * -(-len(tasks[0].validation[0]) // 16)
+    theirs = adamw(model, batches, steps, lr=1e-3, cosine=False)
+    goals = [
+        Goal(task.validation, forward_fn=forward, weight=1 / len(tasks))
+        for task, forward in zip(tasks, forwards, strict=True)
+    ]
+    return compared(model, goals, theirs, list(zip(tasks, heads, strict=True)), seed, sample=40)
+
+
+def adamw(model: Composition, batches: Iterator[list[Any]], steps: int, *, lr: float, cosine: bool) -> Record:
+    """The published recipe: passes and seconds; the coefficients are left in the model."""
+    optimizer = torch.optim.AdamW([model.coefficients], lr=lr, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
+    passes, begun = 0, time.process_time()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with model.once():
+            for forward, (x, y) in (parts := next(batches)):
+                (cross_entropy(forward(model, (x,)), y) / len(parts)).backward()
+                passes += len(x)
+        nn.utils.clip_grad_norm_([model.coefficients], 1.0)
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+    return {"passes": passes, "seconds": time.process_time() - begun}
+
+
+def compared(
+    model: Composition,
+    goals: list[Goal],
+    theirs: Record,
+    tests: list[tuple[Images, Tensor]],
+    seed: int,
+    sample: int | None = None,
+) -> list[Record]:
+    """The solver from the start to the loss that AdamW left, and both on test images."""
+    reached = trained(model, goals)
+    records = judged("AdamW", model, tests) + noted("AdamW", reached, **theirs)
+    with torch.no_grad():
+        model.coefficients.zero_()
+    records += judged("pretrained", model, tests) + noted("pretrained", trained(model, goals), passes=0, seconds=0)
+    begun, passes, loss = time.process_time(), 0.0, float("inf")
+    for turn in range(10):  # with samples, the loss over all of the data is looked at between steps, at its price
+        most = 1 if sample else 20
+        fit = fit_(model, goals, target=reached, steps=most, sample=sample, rtol=0.0, generator=seed + turn)
+        passes, loss = passes + fit.passes[-1], trained(model, goals)
+        if sample:
+            passes += sum(len(goal.data[0]) for goal in goals) / 3
+        if loss <= reached or not sample:
+            break
+    records += noted(OURS, loss, passes=passes, seconds=time.process_time() - begun) + judged(OURS, model, tests)
+    share = {"method": OURS, "figure": "passes ratio", "value": round(passes / theirs["passes"], 4), "unit": "of AdamW"}
+    return [*records, share]
+
+
+@torch.no_grad()
+def trained(model: Composition, goals: list[Goal]) -> float:
+    """The objective."""
+    net, total = model.merge(), 0.0
+    for goal in goals:
+        x, y = goal.data
+        assert goal.forward_fn is not None
+        found = torch.cat([goal.forward_fn(net, (part,)) for part in x.split(250)])
+        total += goal.weight * float(cross_entropy(found, y))
+    return total
+
+
+def noted(method: str, loss: float, *, passes: float, seconds: float) -> list[Record]:
+    return [
+        {"method": method, "figure": "training loss", "value": round(loss, 5), "unit": "nats"},
+        {"method": method, "figure": "passes", "value": round(passes), "unit": "examples"},
+        {"method": method, "figure": "seconds", "value": round(seconds, 1), "unit": "s"},
+    ]
+
+
+def judged(method: str, model: Composition, tests: list[tuple[Images, Tensor]]) -> list[Record]:
+    """Accuracy of each task on its test images, and their mean."""
+    net = model.merge()
+    found = {task.name: round(100 * accuracy(net, classes, task.test), 2) for task, classes in tests}
+    mean = round(statistics.fmean(found.values()), 2)
+    return [{"method": method, "figure": "accuracy", "value": mean, "unit": "%", "rows": found}]
+
+
+if __name__ == "__main__":
+    main()
