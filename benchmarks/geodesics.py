@@ -93,7 +93,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kept", type=int, default=1500, help="unlabelled training images that a path is found on")
     parser.add_argument("--held-out", type=int, default=500, help="training images that it is measured on")
     parser.add_argument("--test", type=int, default=1000, help="test images that losses are measured on")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--again", action="store_true", help="measure what is on record too")
