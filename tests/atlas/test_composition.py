@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacfwd, jacrev, vmap
@@ -83,6 +83,7 @@ def columns(model: Composition, vectors: list[TaskVector], space: WeightSpace) -
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
 @given(seed=seeds)
+@settings(max_examples=4)
 def test_operators_are_their_columns(name: str, kind: str, seed: int) -> None:
     base, vectors, _ = bank(name, seed, 2)
     model, space = Composition(base, vectors, KINDS[kind]), WeightSpace.of(base)
@@ -98,6 +99,7 @@ def test_operators_are_their_columns(name: str, kind: str, seed: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
 @given(seed=seeds)
+@settings(max_examples=4)
 def test_outputs_and_gradients_are_those_of_plain_autograd(name: str, kind: str, seed: int) -> None:
     base, vectors, x = bank(name, seed)
     model, space = Composition(base, vectors, KINDS[kind]), WeightSpace.of(base)
