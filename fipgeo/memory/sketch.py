@@ -70,6 +70,8 @@ class Sketch(Protected):
         ValueError: Shapes do not fit the space, or the dtype of the rows is none of the four.
     """
 
+    affine = True
+
     def __init__(
         self,
         space: WeightSpace,

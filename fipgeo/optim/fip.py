@@ -74,7 +74,8 @@ class FIP(torch.optim.Optimizer):
         weight_decay: Weight of |theta|^2 / 2 in the loss.
         refresh: Steps that share a metric.
         max_rows: Embedded outputs in a metric; more protected inputs than that are sampled anew for every metric.
-        correct_every: Steps between corrections; 0 for none.
+        correct_every: Steps between corrections; 0 for none, as always where what is kept is affine in the weights
+            (sketches): there is no second order to take back.
         maximize: Whether to climb.
         generator: Source of the draws of rows; None for a fixed seed.
 
@@ -206,7 +207,7 @@ class FIP(torch.optim.Optimizer):
             self.state[entry.param]["momentum_buffer"] = velocity
             _add(entry.param, float(entry.group["lr"]) * velocity)
         self.steps, self._age = self.steps + 1, self._age + 1
-        if frame is not None and self.correct_every and self.steps % self.correct_every == 0:
+        if frame is not None and self.correct_every and not self.keep.affine and self.steps % self.correct_every == 0:
             self._correct(frame)
 
     def _wish(self, entry: _Moving) -> Tensor:

@@ -100,8 +100,13 @@ class Compensation:
     def _held(self, position: Position, max_bytes: int) -> float:
         """Set up R_F and what is factored of it; returns its squared Frobenius norm, or an estimate."""
         few = self.root.shape[0] <= MAX_ROWS
+        self.solver = self.tangent.solver(self.free)
+        if self.solver is not None:
+            self.masked: LinearOperator = self.tangent.prepare() @ Diagonal(self.free.to(position.theta.dtype))
+            self.cost = self.tangent.cost(columns=False)
+            return self.solver.trace
         if few and bool(self.free.all()) and (gram := self.tangent.gram()) is not None:
-            self.masked: LinearOperator = self.tangent.prepare()
+            self.masked = self.tangent.prepare()
             self.gram, self.cost = gram, self.tangent.cost(columns=True)
             return float(gram.diagonal().sum())
         columns = self._columns(max_bytes)
@@ -240,7 +245,10 @@ class Compensation:
         return d
 
     def _moves(self, r: Tensor, mu: list[float]) -> list[Tensor]:
-        """Moves under several dampings from one Krylov space."""
+        """Moves under several dampings, in closed form or from one Krylov space."""
+        if self.solver is not None:
+            rhs = self.masked.adjoint(r)
+            return [-self.solver.solve(rhs, self.num_examples * m) for m in mu]
         rhs = self.masked.adjoint(r) / self.num_examples
         g = Gram(self.masked, 1 / self.num_examples)
         return list(
@@ -255,7 +263,7 @@ class Compensation:
                 rhs = self.masked.adjoint(r).double()
                 step = torch.cholesky_solve(rhs[self.free][:, None], self.factor)[:, 0]
                 return -torch.zeros_like(rhs).masked_scatter(self.free, step).to(self.root.dtype)
-            if mu > 0:
+            if mu > 0 or self.solver is not None:
                 return self._moves(r, [mu])[0]
             return -lsmr(self.masked, r, max_iters=self.max_iters).value
         if self.factor is not None and mu == self.mu:

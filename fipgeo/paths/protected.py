@@ -10,8 +10,9 @@ Inputs whose outputs are compared are one kind (`Kept`), a sketch of a metric th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ class Position:
 
     theta: Tensor
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Solver(NamedTuple):
+    """A way to solve with a metric that is known in closed form.
+
+    Attributes:
+        solve: (x `[D]`, mu) -> (R_F^T R_F + mu)^{-1} x on the free weights F, zero elsewhere; for mu = 0 the
+            pseudo-inverse.
+        trace: tr R_F^T R_F.
+    """
+
+    solve: Callable[[Tensor, float], Tensor]
+    trace: float
 
 
 class Tangent(ABC):
@@ -56,6 +70,10 @@ class Tangent(ABC):
         """R R^T `[K, K]` in float64 where it can be had without R as rows; None where it cannot."""
         return None
 
+    def solver(self, free: Tensor) -> Solver | None:
+        """Solves in closed form for a mask `[D]` of free weights where there is one; None where there is not."""
+        del free
+
     @abstractmethod
     def cost(self, *, columns: bool) -> float:
         """Model evaluations that the columns take, or else an estimate of the trace from products."""
@@ -66,7 +84,13 @@ class Protected(ABC):
 
     Subclasses give the residual, its derivative and a way to make do with fewer rows. K is `num_rows`, N `num_examples`
     (what sums of squares are divided by), D the dimension of `space`.
+
+    Attributes:
+        affine: Whether r is affine in theta. Then a step in its metric has no second order to be taken back, and what
+            damping let pass was meant to.
     """
+
+    affine: bool = False
 
     @property
     @abstractmethod
@@ -145,6 +169,7 @@ class Several(Protected):
                     f"parts: number {index} is a function of other weights than the first (D = {part.space.dim} and"
                     f" {self.space.dim}); choose the same parameters for all, by params="
                 )
+        self.affine = all(part.affine for part in self.parts)
 
     @property
     def space(self) -> WeightSpace:
