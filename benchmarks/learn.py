@@ -113,31 +113,66 @@ class Ours(Learner):
         fipgeo_remember(model, task, seed, self.at, **self.options)
 
 
-def fipgeo_remember(model: nn.Module, task: Task, seed: int, state: dict[str, Any], **options: Any) -> None:
-    """Put into `state` what is to be known of a task just learned, while its data are there; nothing as yet.
+SKETCHED = 1000
+"""Inputs of a task that a sketch is made of, while they are there."""
 
-    This is where a sketch of the metric is made of a task's inputs; `fipgeo_learn` finds it in the same `state`.
-    """
-    del model, task, seed, state, options
+
+def fipgeo_remember(model: nn.Module, task: Task, seed: int, state: dict[str, Any], **options: Any) -> None:
+    """With `sketch=True`, what the network's maps see on a task just learned, joined to the sketch of those before."""
+    if options.get("sketch"):
+        which = torch.randperm(len(task.x), generator=torch.Generator().manual_seed(seed))[:SKETCHED]
+        made = fipgeo.memory.LayerSketch.of(fipgeo.MetricField(model, task.x[which]))
+        state["sketch"] = state["sketch"].merge(made) if "sketch" in state else made
 
 
 def fipgeo_learn(lesson: Lesson, state: dict[str, Any], **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """One task by the library: the network after it, and figures for the record.
 
-    Options are those of `fipgeo.adapt`, and `views` of each kept input (see `fipgeo.memory.views`); epochs may not go
-    beyond the budget of minibatches. A tenth of the kept inputs is held out of all that. `state` is that of
-    `fipgeo_remember`.
+    Options are those of `fipgeo.adapt`, and `views` of each kept input (see `fipgeo.memory.views`); or `sketch=True`
+    and those of `fipgeo.optim.FIP`, and no input is looked at. Epochs may not go beyond the budget of minibatches. A
+    tenth of the kept inputs is held out. `state` is that of `fipgeo_remember`.
     """
-    del state
-    asked = {"epochs": lesson.passes, "batch_size": lesson.batch, "generator": lesson.seed} | options
+    asked: dict[str, Any] = {"epochs": lesson.passes} | options
     if asked["epochs"] > lesson.passes + 1e-9:
         raise ValueError(f"epochs: got {asked['epochs']}, expected at most {lesson.passes:g}, as for all methods")
+    notes: dict[str, Any] = {"passes": asked["epochs"]}
+    if asked.pop("sketch", False):
+        learner = Sketched(state["sketch"], asked)
+        return learner.learn(lesson), notes | {"sketch_bytes": state["sketch"].nbytes}
     unseen = torch.arange(len(lesson.memory)) % 10 == 9
     keep = fipgeo.memory.views(lesson.memory.x[~unseen], lesson.transform, asked.pop("views", 1), lesson.seed)
-    new, asked["held_out"] = (lesson.task.x, lesson.task.y), lesson.memory.x[unseen]
-    path = fipgeo.adapt(lesson.model, new, cross_entropy, keep=keep, **asked)
-    notes = {"passes": asked["epochs"], "forwards": path[-1].cost, "outcome": path.outcome, "drift": path[-1].drift}
+    new, held = (lesson.task.x, lesson.task.y), lesson.memory.x[unseen]
+    asked = {"batch_size": lesson.batch, "generator": lesson.seed, **asked}
+    path = fipgeo.adapt(lesson.model, new, cross_entropy, keep=keep, held_out=held, **asked)
+    notes |= {"forwards": path[-1].cost, "outcome": path.outcome, "drift": path[-1].drift}
     return path[-1].apply_(copy.deepcopy(lesson.model)), notes
+
+
+class Sketched(Learner):
+    """Plain training by an optimiser that keeps what a sketch knows.
+
+    Args:
+        sketch: What is kept.
+        options: `epochs`, and options of the optimiser.
+    """
+
+    def __init__(self, sketch: fipgeo.memory.LayerSketch, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.sketch, self.options = sketch, dict(options)
+        self.epochs = self.options.pop("epochs")
+
+    def learn(self, lesson: Lesson) -> nn.Module:
+        """The network after the task."""
+        student, random = copy.deepcopy(lesson.model).eval(), torch.Generator().manual_seed(lesson.seed)
+        optimizer = fipgeo.optim.FIP(student.named_parameters(), self.sketch, refresh=10**9, **self.options)
+        steps = max(round(lesson.steps * self.epochs / lesson.passes), 1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _, (x, y) in zip(range(steps), self.stream(lesson, random), strict=False):
+            optimizer.zero_grad()
+            cross_entropy(student(x), y).backward()
+            optimizer.step()
+            schedule.step()
+        return student
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -220,15 +220,8 @@ def adapt(
     """
     old = _batches(keep, batch_size, "keep")
     new = _batches(new_batches, batch_size or 100, "new_batches")
-    field = MetricField(
-        model,
-        old,
-        "logits" if geometry == "auto" else geometry,
-        params,
-        forward_fn=forward_fn,
-        output_fn=output_fn,
-        mask=mask,
-    )
+    known = "logits" if geometry == "auto" else geometry
+    field = MetricField(model, old, known, params, forward_fn=forward_fn, output_fn=output_fn, mask=mask)
     objective = NewTask(
         new, loss_fn, epochs=epochs, lr=lr, momentum=momentum, hold_zeros=hold_zeros, num_batches=count_batches(new)
     )

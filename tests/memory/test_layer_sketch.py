@@ -23,7 +23,7 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def network(seed: int) -> nn.Module:
+def network(seed: int) -> nn.Sequential:
     """A grouped convolution, a normalisation scale and a linear layer without bias."""
     net = nn.Sequential(
         *(nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.GroupNorm(2, 4), nn.Tanh()),
@@ -36,9 +36,9 @@ def network(seed: int) -> nn.Module:
     return net
 
 
-def by_hand(net: nn.Module, other: nn.Module, x: Tensor) -> float:
-    """The mean |change of a map's outputs|^2 on its old inputs, over the mean of the diagonal of A; the sum over maps."""
-    total = 0.0
+def by_hand(net: nn.Sequential, other: nn.Sequential, x: Tensor) -> float:
+    """Mean |change of a map's outputs|^2 on its old inputs, over the mean of the diagonal of A; the sum over maps."""
+    total, squares = 0.0, torch.zeros(())
     for layer, moved in zip(net, other, strict=True):
         if isinstance(layer, nn.Conv2d):
             columns = nn.functional.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 18)
@@ -139,6 +139,7 @@ def test_old_outputs_stay_while_new_ones_are_learned(rates: tuple[float, float])
     fixed = {"params": list(net[1].parameters()), "param_names": ["1.weight", "1.bias"]}
     optimizer = FIP([*({**g, **n} for g, n in zip(groups, names, strict=True)), fixed], sketch, damping=1e-9)
     target, start = torch.zeros(40, 3, dtype=torch.float64), copy.deepcopy(net)
+    loss = torch.zeros(())
     for _ in range(40):
         optimizer.zero_grad()
         loss = (net(fresh) - target).square().mean()
