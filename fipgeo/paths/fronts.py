@@ -198,7 +198,7 @@ def adapt(
         params: Which parameters may move (None: all that require a gradient).
         hold_zeros: Keep weights that are exactly zero at zero.
         held_out: Old inputs for the verdict, or the share of `keep` to set apart for it.
-        max_steps: Accepted steps (of 20 minibatches) at most.
+        max_steps: Accepted steps (of 10 minibatches) at most.
         store: "all" or "last": which points keep their weights.
         batch_size: Examples in a batch when data are tensors (default 100 for new data).
         forward_fn: (model, batch) -> raw outputs, for old and new batches.

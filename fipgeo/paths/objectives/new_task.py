@@ -45,7 +45,7 @@ class NewTask(Objective):
     lr: float = 0.05
     momentum: float = 0.9
     clip: float = 1.0
-    refresh: int = 20
+    refresh: int = 10
     hold_zeros: bool = False
     num_batches: int = 1
     _passes: dict[int, Iterator[Any]] = field(default_factory=dict, init=False, repr=False)
