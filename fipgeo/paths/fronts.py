@@ -159,6 +159,7 @@ def adapt(
     lr: float = 0.05,
     momentum: float = 0.9,
     damping: float = 0.1,
+    refresh: int = 10,
     geometry: str | Geometry = "auto",
     params: Where = None,
     hold_zeros: bool = False,
@@ -192,13 +193,14 @@ def adapt(
         lr: Learning rate at the start; it decays along a cosine.
         momentum: Heavy-ball coefficient.
         damping: mu as a multiple of the mean non-zero eigenvalue of the metric: smaller keeps more, learns less.
+        refresh: Minibatches that share a metric, a step of the path: more cost less, and learn less where data are few.
         geometry: How outputs are compared (see `MetricField`). "auto" is `Categorical` at the lowest temperature of 2,
             4, 8, ... at which it is not saturated if the new targets are classes, as it leaves more room to learn than
             logits do, and "logits" otherwise; with `after`, that of the path.
         params: Which parameters may move (None: all that require a gradient).
         hold_zeros: Keep weights that are exactly zero at zero.
         held_out: Old inputs for the verdict, or the share of `keep` to set apart for it.
-        max_steps: Accepted steps (of 10 minibatches) at most.
+        max_steps: Accepted steps (of `refresh` minibatches) at most.
         store: "all" or "last": which points keep their weights.
         batch_size: Examples in a batch when data are tensors (default 100 for new data).
         forward_fn: (model, batch) -> raw outputs, for old and new batches.
@@ -222,9 +224,8 @@ def adapt(
     new = _batches(new_batches, batch_size or 100, "new_batches")
     known = "logits" if geometry == "auto" else geometry
     field = MetricField(model, old, known, params, forward_fn=forward_fn, output_fn=output_fn, mask=mask)
-    objective = NewTask(
-        new, loss_fn, epochs=epochs, lr=lr, momentum=momentum, hold_zeros=hold_zeros, num_batches=count_batches(new)
-    )
+    about: dict[str, Any] = {"hold_zeros": hold_zeros, "num_batches": count_batches(new)}
+    objective = NewTask(new, loss_fn, epochs=epochs, lr=lr, momentum=momentum, refresh=refresh, **about)
     if geometry == "auto":
         field = _tempered(field, new, after)
     _look(field)
