@@ -139,7 +139,8 @@ def fipgeo_learn(lesson: Lesson, state: dict[str, Any], **options: Any) -> tuple
     if asked.pop("sketch", False):
         learner = Sketched(state["sketch"], asked)
         return learner.learn(lesson), notes | {"sketch_bytes": state["sketch"].nbytes}
-    unseen = torch.arange(len(lesson.memory)) % 10 == 9
+    every = min(10, len(lesson.memory))
+    unseen = torch.arange(len(lesson.memory)) % every == every - 1
     keep = fipgeo.memory.views(lesson.memory.x[~unseen], lesson.transform, asked.pop("views", 1), lesson.seed)
     new, held = (lesson.task.x, lesson.task.y), lesson.memory.x[unseen]
     asked = {"batch_size": lesson.batch, "generator": lesson.seed, **asked}

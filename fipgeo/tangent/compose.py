@@ -135,6 +135,7 @@ class Ensemble(nn.Module):
         ValueError: As `compose`; or there is no component.
 
     Examples:
+        >>> import torch
         >>> net = nn.Linear(3, 2)
         >>> parts = [Component(n, {"bias": torch.full((2,), t)}, fingerprint(net)) for n, t in (("a", 1.0), ("b", 3.0))]
         >>> x = torch.zeros(1, 3)
