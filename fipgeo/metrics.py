@@ -198,7 +198,8 @@ class Metric:
         if method == "dual":
             found = None if self._gram is not None else few_digits(self.root, k, rtol, 1 / self.num_examples)
             if found is None:
-                found = dual_eigh(self.root, scale=1 / self.num_examples, k=k, gram=self._dual_gram(), rtol=rtol)
+                wanted = self.rank_bound if k is None else k
+                found = dual_eigh(self.root, scale=1 / self.num_examples, k=wanted, gram=self._dual_gram(), rtol=rtol)
         elif method == "dense":
             self._prepare(self.dim)
             found = dense_eigh(self.operator, k)

@@ -15,9 +15,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A unit (a module or a folder directly in fipgeo) imports from itself and from levels above its own line.
 LEVELS = [
-    {"linalg", "io", "trees", "tasks"},
+    {"io", "trees", "tasks", "grids"},
+    {"linalg"},
     {"space", "outputs", "data", "sources"},
-    {"basis", "merging", "model", "task_vectors"},
+    {"attacks", "basis", "merging", "model", "task_vectors"},
     {"jacobian", "shrink", "heads"},
     {"metrics"},
     {"field"},

@@ -15,7 +15,20 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.patches import Rectangle
 
-from fipgeo.plotting import figure_svg, plot_layer_sparsity, plot_path, plot_spectrum
+from fipgeo.grids import Grid
+from fipgeo.plotting import (
+    figure_svg,
+    plot_coefficients,
+    plot_contours,
+    plot_interference,
+    plot_layer_sparsity,
+    plot_metric,
+    plot_path,
+    plot_path_projection,
+    plot_plane,
+    plot_profile,
+    plot_spectrum,
+)
 
 from .plots import LAYERS, blank, legend, lines, make_path, texts, x_of, y_of
 
@@ -23,23 +36,35 @@ DRAW = {
     "spectrum": lambda ax: plot_spectrum([3.0, 1.0, 0.0], ax=ax, held_out=[2.0, 1.0, 0.1], rank_bound=3),
     "path": lambda ax: plot_path(make_path(budget=0.1, best_step=3), axes={"drift": ax})["drift"],
     "layers": lambda ax: plot_layer_sparsity(LAYERS, ax=ax, target=0.5),
+    "profile": lambda ax: plot_profile({"arc length": [0.0, 1.0], "speed": [1.0, 1.0]}, ax=ax),
+    "projection": lambda ax: plot_path_projection({"path": [[0.0, 0.0], [1.0, 1.0]]}, ax=ax),
+}
+GRID = Grid([0.0, 1.0], [0.0, 1.0], torch.tensor([[0.0, 1.0], [1.0, 2.0]]))
+CELLS = {  # in colours of their own, whatever the cycle is
+    "plane": lambda ax: plot_plane(GRID, {"path": [[0, 0], [1, 1]]}, ax=ax),
+    "contours": lambda ax: plot_contours(GRID, {"learned": [0.5, 0.5]}, ax=ax),
+    "coefficients": lambda ax: plot_coefficients(np.eye(2), ax=ax),
+    "interference": lambda ax: plot_interference(np.eye(13), ax=ax),
+    "metric": lambda ax: plot_metric(np.eye(4), {"a": 2, "b": 2}, ax=ax),
 }
 NEW = {
     "spectrum": lambda: plot_spectrum([3.0, 1.0, 0.0]),
     "path": lambda: plot_path(make_path()),
     "layers": lambda: plot_layer_sparsity(LAYERS),
+    "plane": lambda: plot_plane(GRID),
+    "metric": lambda: plot_metric(np.eye(2)),
 }
 
 
-@pytest.mark.parametrize("name", DRAW)
+@pytest.mark.parametrize("name", [*DRAW, *CELLS])
 def test_only_the_given_axes_is_touched(name):
     figure, grid = plt.subplots(2, 2)
     others = [grid[0, 0], grid[1, 0], grid[1, 1]]
     before = [(ax.get_xlim(), ax.get_ylim(), ax.get_yscale(), len(ax.get_children())) for ax in others]
     current, numbers = plt.gca(), plt.get_fignums()
-    assert DRAW[name](grid[0, 1]) is grid[0, 1]
+    assert (DRAW | CELLS)[name](grid[0, 1]) is grid[0, 1]
     figure.draw_without_rendering()
-    assert grid[0, 1].lines or grid[0, 1].patches
+    assert grid[0, 1].has_data() or grid[0, 1].images or grid[0, 1].patches
     assert before == [(ax.get_xlim(), ax.get_ylim(), ax.get_yscale(), len(ax.get_children())) for ax in others]
     assert not any(ax.has_data() for ax in others)
     assert plt.gca() is current and plt.get_fignums() == numbers

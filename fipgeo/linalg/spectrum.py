@@ -159,23 +159,48 @@ def _mapped_back(
 
     Then `scale R^T R v - lambda v = R^T (scale K c - lambda c)`, whose norm takes K alone. What this leaves out is that
     products round, `R v` not being quite `K c`: two sums of all v with random signs show it by true products, and the
-    larger of both counts for every vector.
+    larger of both counts for every vector. Where eigenvalues are zero to rounding, vectors are filled up from the
+    complement and have residuals by true products.
     """
     operator, k = Gram(root, scale), len(vectors)
-    turn = _orthonormalising(vectors @ dual @ vectors.T)
     floor = max((_CLEAR * torch.finfo(root.dtype).eps) ** 2, _CLEAR * torch.finfo(dual.dtype).eps)
-    if turn is None or bool((values[:k] <= floor * values[0]).any()):
-        # the vectors of eigenvalues that are zero to rounding are filled up from the complement
+    clear = int((values[:k] > floor * values[0]).sum())
+    u = vectors[:clear]
+    turn = _orthonormalising(u @ dual @ u.T) if clear else None
+    rest = root.adjoint(vectors[clear:].to(root.dtype)) if turn is not None and clear < k else None
+    back = None
+    if turn is not None:
+        c = (turn @ u).to(root.dtype)
+        back = root.adjoint(c)
+    filled = back if rest is None or back is None else _filled_up(back, rest)
+    if back is None or filled is None:
+        spent = num_products + (0 if back is None else k)
         back = torch.linalg.qr(root.adjoint(vectors.to(root.dtype)).T).Q.T.contiguous()
-        return _record(operator, values, k, back, num_products)
-    c = (turn @ vectors).to(root.dtype)
-    back = root.adjoint(c)
-    misses = scale * (c.to(dual.dtype) @ dual) - scaled(values[:k], c.to(dual.dtype))
+        return _record(operator, values, k, back, spent)
+    back = filled[:clear]
+    misses = scale * (c.to(dual.dtype) @ dual) - scaled(values[:clear], c.to(dual.dtype))
     missed = ((misses @ dual) * misses).sum(-1).clamp(min=0)
-    signs = rademacher((min(2, k), k), c, as_generator(None))
+    signs = rademacher((min(2, clear), clear), c, as_generator(None))
     gap = root(signs @ back).to(dual.dtype) - (signs @ c).to(dual.dtype) @ dual
     rounding = norms(root.adjoint((scale * gap).to(root.dtype))).max()
-    return _record(operator, values, k, back, num_products + 2 * len(signs) - k, (missed + rounding.square()).sqrt())
+    residuals = (missed + rounding.square()).sqrt()
+    if clear < k:
+        extra = norms(operator(filled[clear:]) - scaled(values[clear:k].to(root.dtype), filled[clear:]))
+        residuals = torch.cat([residuals, extra.to(residuals.dtype)])
+    spent = num_products + 2 * len(signs) - clear  # a record counts a product for each vector
+    return _record(operator, values, k, filled, spent, residuals)
+
+
+def _filled_up(rows: Tensor, more: Tensor) -> Tensor | None:
+    """Orthonormal rows, and as many as there are in `more` beside them; None where these depend on one another."""
+    rows = rows if rows.dtype.itemsize == 8 else _orthonormal(rows)  # rounding left more than the filling may
+    noise = torch.randn(more.shape, generator=torch.Generator().manual_seed(0), dtype=more.dtype).to(more.device)
+    for _ in range(2):
+        lengths = norms(more)
+        more = torch.where((lengths > 0)[:, None], scaled(1 / lengths, more), noise)
+        more = more - inner(more, rows).to(rows.dtype) @ rows
+    turn = _orthonormalising(inner(more, more).cpu().double())
+    return None if turn is None else torch.cat([rows, turn.to(rows.device, rows.dtype) @ more])
 
 
 def _orthonormalising(gram: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cbook import normalize_kwargs
+from matplotlib.colorbar import Colorbar
 from matplotlib.lines import Line2D
 
 from fipgeo.plotting._notes import artists
@@ -138,6 +139,13 @@ def refresh_legend(ax: Axes, handles: Sequence[Any] | None = None, **kwargs: Any
     if handles:
         look = {"fontsize": "small", "frameon": True, "framealpha": 0.85, "edgecolor": "none"}
         ax.legend(handles=handles, **{**look, "borderpad": 0.3, "handlelength": 1.6, **kwargs})
+
+
+def colour_scale(ax: Axes, image: Any, label: str) -> Colorbar:
+    """A colour bar right of an Axes, as a part of it: no Axes of the figure is added or made narrower."""
+    figure = ax.get_figure()
+    assert figure is not None
+    return figure.colorbar(image, cax=ax.inset_axes((1.02, 0.0, 0.03, 1.0)), label=label)
 
 
 def new_stack(rows: int) -> list[Axes]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-from fipgeo.plotting._common import check_axes, new_axes
+from fipgeo.plotting._common import check_axes, colour_scale, new_axes
 
 
 def plot_coefficients(
@@ -52,7 +52,5 @@ def plot_coefficients(
         step = max(1, -(-len(labels) // 60))
         ax.set_xticks(range(0, len(labels), step), list(labels)[::step], rotation=90, fontsize="x-small")
     ax.set_ylabel("task vector")
-    figure = ax.get_figure()
-    assert figure is not None
-    figure.colorbar(image, ax=ax, label="coefficient")
+    colour_scale(ax, image, "coefficient")
     return ax

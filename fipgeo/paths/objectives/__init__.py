@@ -4,6 +4,7 @@ from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, 
 from fipgeo.paths.objectives.new_task import NewTask
 from fipgeo.paths.objectives.patterns import Blocks, Columns, Groups, NofM, Pattern, Rows, Unstructured
 from fipgeo.paths.objectives.replay import NoCorrection, Replay
+from fipgeo.paths.objectives.robustness import Robustness
 from fipgeo.paths.objectives.scores import (
     SCORES,
     Lamp,
@@ -35,6 +36,7 @@ __all__ = [
     "Predictor",
     "Proposal",
     "Replay",
+    "Robustness",
     "Rows",
     "Score",
     "Sparsity",

@@ -66,7 +66,8 @@ class NewTask(Objective):
         free = torch.ones_like(theta, dtype=torch.bool)
         if self.hold_zeros:
             free &= (theta != 0) | ~weight_mask(kept.function.map)
-        losses = [self._loss(kept, position, batch)[0] for batch in self._stream(0, min(self.refresh, self.total))]
+        first = enumerate(self._stream(0, min(self.refresh, self.total)))
+        losses = [self._loss(kept, position, batch, index)[0] for index, batch in first]
         loss = torch.tensor(sum(losses) / len(losses), dtype=torch.float64)
         return {"seen": torch.tensor(0), "velocity": torch.zeros_like(theta), "free": free, "loss": loss}
 
@@ -89,14 +90,14 @@ class NewTask(Objective):
         velocity = velocity if moves is None else moves.passed(velocity)
         theta, losses, cost = position.theta, [], 0.0 if moves is None else moves.cost
         for batch in self._stream(seen, count):
-            loss, gradient, used = self._loss(kept, replace(position, theta=theta), batch)
+            loss, gradient, used = self._loss(kept, replace(position, theta=theta), batch, seen)
             step = -gradient * mask if moves is None else moves.passed(-gradient * mask)
             velocity = self.momentum * velocity + step * min(1.0, self.clip / max(float(step.norm()), 1e-30))
             rate = self.lr * size * 0.5 * (1 + math.cos(math.pi * seen / self.total))
             theta = torch.where(free, theta + rate * velocity, theta)
             losses.append(loss)
             seen += 1
-            cost += 3.0 * used
+            cost += used
         new = {"seen": torch.tensor(seen), "velocity": velocity, "free": free}
         new["loss"] = torch.tensor(sum(losses) / len(losses), dtype=torch.float64)
         return Proposal(replace(position, theta=theta), free, new, moves, cost)
@@ -134,9 +135,15 @@ class NewTask(Objective):
             self._passes[index + 1] = stream
             yield batch
 
-    def _loss(self, kept: Kept, position: Position, batch: Any) -> tuple[float, Tensor, int]:
-        """Loss on a minibatch, its gradient `[D]`, and how many examples it held."""
+    def _shown(self, kept: Kept, position: Position, batch: Any, index: int) -> tuple[Any, float]:
+        """What minibatch number `index` looks like when it is learned, and evaluations of each example for that."""
+        del kept, position, index
+        return batch, 0.0
+
+    def _loss(self, kept: Kept, position: Position, batch: Any, index: int) -> tuple[float, Tensor, float]:
+        """Loss on a minibatch, its gradient `[D]`, and evaluations of the model on one input."""
         function = kept.at(position)
+        batch, more = self._shown(kept, position, batch, index)
         with function.map.frozen(), torch.enable_grad():
             theta = position.theta.detach().requires_grad_()
             outputs = function.map.call(function.map.named(theta), batch)
@@ -149,7 +156,7 @@ class NewTask(Objective):
                 raise ValueError(f"loss_fn: returned {what}, expected a finite scalar tensor; average over the batch")
             if not loss.requires_grad:
                 raise ValueError("loss_fn: returned a tensor without gradient; compute it from the outputs, undetached")
-            return float(loss.detach()), torch.autograd.grad(loss, theta)[0], len(outputs[0])
+            return float(loss.detach()), torch.autograd.grad(loss, theta)[0], (3.0 + more) * len(outputs[0])
 
 
 def _target(batch: Any) -> Any:
