@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fipgeo import atlas, basis, between, geodesics, linalg, memory, optim, outputs, shrink, tangent
+from fipgeo import atlas, attacks, basis, between, geodesics, linalg, memory, optim, outputs, shrink, tangent
 from fipgeo.atlas import Composition
 from fipgeo.between import Connection, align, connect
 from fipgeo.data import as_batches
@@ -26,6 +26,7 @@ from fipgeo.paths import (
     Blocks,
     Certificate,
     Columns,
+    Diversity,
     FirstOrder,
     GaussNewton,
     Groups,
@@ -35,15 +36,19 @@ from fipgeo.paths import (
     Mixed,
     NewTask,
     NofM,
+    PathEnsemble,
     PathPoint,
     PathResult,
     Replay,
+    Robustness,
     Rows,
     SaturationWarning,
     Sparsity,
     StepControl,
     adapt,
     changed_upper_bound,
+    diversity,
+    robustify,
     sparsify,
     walk,
 )
@@ -74,6 +79,7 @@ __all__ = [
     "Connection",
     "Cosine",
     "Density",
+    "Diversity",
     "Euclidean",
     "FirstOrder",
     "Frames",
@@ -94,9 +100,11 @@ __all__ = [
     "NofM",
     "Outcome",
     "OutputMap",
+    "PathEnsemble",
     "PathPoint",
     "PathResult",
     "Replay",
+    "Robustness",
     "Rows",
     "SaturationWarning",
     "Sketched",
@@ -113,12 +121,14 @@ __all__ = [
     "as_batches",
     "as_masks",
     "atlas",
+    "attacks",
     "basis",
     "between",
     "changed_upper_bound",
     "channel_groups",
     "compose",
     "connect",
+    "diversity",
     "fit_square_",
     "geodesic",
     "geodesics",
@@ -133,6 +143,7 @@ __all__ = [
     "plotting",
     "principal_angles",
     "rescaled_square_loss",
+    "robustify",
     "shrink",
     "sketch_error",
     "sketch_trace",

@@ -5,6 +5,7 @@ from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
 from fipgeo.paths.correctors import Correction, Corrector, FirstOrder, GaussNewton, LayerLocal, Mixed
 from fipgeo.paths.driver import Method, walk
+from fipgeo.paths.ensemble import Diversity, PathEnsemble, diversity
 from fipgeo.paths.fronts import SaturationWarning, adapt, sparsify
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives import (
@@ -18,6 +19,7 @@ from fipgeo.paths.objectives import (
     Pattern,
     Proposal,
     Replay,
+    Robustness,
     Rows,
     Score,
     Sparsity,
@@ -25,6 +27,7 @@ from fipgeo.paths.objectives import (
 )
 from fipgeo.paths.protected import Protected, Several, Tangent
 from fipgeo.paths.record import Leg, PathPoint, PathResult
+from fipgeo.paths.robust import robustify
 from fipgeo.paths.verdict import Verdict, changed_upper_bound
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "Compensation",
     "Correction",
     "Corrector",
+    "Diversity",
     "FirstOrder",
     "GaussNewton",
     "Groups",
@@ -46,6 +50,7 @@ __all__ = [
     "NoCorrection",
     "NofM",
     "Objective",
+    "PathEnsemble",
     "PathPoint",
     "PathResult",
     "Pattern",
@@ -53,6 +58,7 @@ __all__ = [
     "Proposal",
     "Protected",
     "Replay",
+    "Robustness",
     "Rows",
     "SaturationWarning",
     "Score",
@@ -64,6 +70,8 @@ __all__ = [
     "Verdict",
     "adapt",
     "changed_upper_bound",
+    "diversity",
+    "robustify",
     "sparsify",
     "walk",
 ]
