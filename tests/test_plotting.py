@@ -39,7 +39,7 @@ DRAW = {
     "profile": lambda ax: plot_profile({"arc length": [0.0, 1.0], "speed": [1.0, 1.0]}, ax=ax),
     "projection": lambda ax: plot_path_projection({"path": [[0.0, 0.0], [1.0, 1.0]]}, ax=ax),
 }
-GRID = Grid([0.0, 1.0], [0.0, 1.0], torch.tensor([[0.0, 1.0], [1.0, 2.0]]))
+GRID = Grid(torch.arange(2), torch.arange(2), torch.tensor([[0.0, 1.0], [1.0, 2.0]]))
 CELLS = {  # in colours of their own, whatever the cycle is
     "plane": lambda ax: plot_plane(GRID, {"path": [[0, 0], [1, 1]]}, ax=ax),
     "contours": lambda ax: plot_contours(GRID, {"learned": [0.5, 0.5]}, ax=ax),

@@ -2,6 +2,7 @@
 
 import copy
 from types import SimpleNamespace as Record
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def bowl(name: str = "loss") -> Grid:
     return Grid.of(lambda a, b: (a - 1) ** 2 + (b - 0.5) ** 2, AXIS, AXIS, name)
 
 
-def contours(ax, gid="fipgeo-contours-filled"):
+def contours(ax: Any, gid: str = "fipgeo-contours-filled") -> Any:
     return [found for found in ax.get_children() if found.get_gid() == gid][0]
 
 
@@ -58,7 +59,7 @@ def test_contours_have_levels_spaced_by_what_is_there() -> None:
     levels = contours(factors).levels
     assert isinstance(contours(factors).norm, LogNorm)
     assert levels[1] / levels[0] == pytest.approx(levels[-1] / levels[-2])
-    plot_contours(Grid([0, 1], [0, 1], torch.ones(2, 2)), ax=(flat := blank()))  # one value everywhere
+    plot_contours(Grid(AXIS[:2], AXIS[:2], torch.ones(2, 2)), ax=(flat := blank()))  # one value everywhere
     draw(flat)
 
 
@@ -85,7 +86,7 @@ def test_a_plane_has_one_scale_and_its_curves_on_top() -> None:
     with pytest.raises(ValueError, match="one point"):
         plot_plane(bowl(), {"bad": torch.zeros(2, 3)}, ax=blank())
     with pytest.raises(TypeError, match="must have .x, .y and .values"):
-        plot_plane([[1.0]], ax=blank())
+        plot_plane([[1.0]], ax=blank())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no finite"):
         plot_plane(Grid(AXIS, AXIS, torch.full((7, 7), torch.nan)), ax=blank())
 
@@ -128,7 +129,7 @@ def test_metric_image_has_a_line_between_tensors() -> None:
     assert isinstance(image.norm, SymLogNorm) and np.array_equal(np.asarray(image.get_array()), dense.numpy())
     assert sorted({y_of(line)[0] for line in lines(ax, "fipgeo-matrix-border")} - {0.0}) == [11.5, 14.5, 20.5]
     assert [text.get_text() for text in ax.get_yticklabels()] == list(space.names)
-    assert ax.child_axes and ax.get_figure().axes == [ax]
+    assert ax.child_axes and ax.figure.axes == [ax]
     draw(ax)
     plain = plot_metric(dense, ax=blank(), vmin=0, vmax=1)
     assert plain.images[0].get_clim() == (0, 1) and plain.get_xlabel() == "weight"
@@ -138,7 +139,7 @@ def test_metric_image_has_a_line_between_tensors() -> None:
 
 def test_the_colours_of_coefficients_are_part_of_their_axes() -> None:
     ax = plot_coefficients(torch.ones(2, 3), ["a", "b", "c"], ax=blank())
-    assert ax.get_figure().axes == [ax] and len(ax.child_axes) == 1
+    assert ax.figure.axes == [ax] and len(ax.child_axes) == 1
     draw(ax)
 
 

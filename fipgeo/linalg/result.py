@@ -2,11 +2,14 @@
 
 import enum
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from fipgeo.io import load_record, save_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -201,6 +204,37 @@ class Spectrum:
             raise ValueError(f"outcome {state['outcome']!r} is none of {list(Outcome.__members__)}")
         entries: dict[str, Any] = state | {"outcome": Outcome[state["outcome"]]}
         return cls(**entries)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the record to one safetensors file, which `load` and `python -m fipgeo spectrum` read.
+
+        Raises:
+            FileExistsError: there is such a file and `overwrite` is False.
+
+        Example:
+            >>> import tempfile
+            >>> folder = tempfile.TemporaryDirectory()
+            >>> Spectrum(torch.tensor([2.0, 1.0]), None, None, dim=3).save(f"{folder.name}/a.safetensors")
+            >>> Spectrum.load(f"{folder.name}/a.safetensors").values
+            tensor([2., 1.])
+            >>> folder.cleanup()
+        """
+        state = self.to_dict()
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in state.items() if name not in tensors}
+        save_record(path, tensors, {"kind": "spectrum", "fields": plain}, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Spectrum":
+        """Read a record that `save` wrote.
+
+        Raises:
+            ValueError: the file holds no spectrum.
+        """
+        tensors, meta = load_record(path)
+        if meta.get("kind") != "spectrum":
+            raise ValueError(f"load: {os.fspath(path)} holds {meta.get('kind', 'no record of fipgeo')}, not a spectrum")
+        return cls.from_dict(meta["fields"] | tensors)
 
     def plot(self, ax: "Axes | None" = None, **kwargs: Any) -> "Axes":
         """Draw the spectrum on a logarithmic axis; `kwargs` go to `fipgeo.plotting.plot_spectrum`."""
