@@ -29,6 +29,7 @@ def robustify(
     inputs: Tensor,
     attack: Attack,
     *,
+    share: float = 0.5,
     targets: Tensor | None = None,
     loss_fn: LossFn = cross_entropy,
     budget: float | None = None,
@@ -61,6 +62,7 @@ def robustify(
         model: Any classifier of tensors; not changed. Write a point into it with `path[-1].apply_(model)`.
         inputs: Clean inputs `[N, ...]`, which are attacked and whose outputs are to stay.
         attack: Such as `fipgeo.attacks.pgd(2 / 255, 3, bounds=(0, 1))`; restarts are not used.
+        share: Share of each minibatch that is attacked; the rest stays clean.
         targets: What `loss_fn` compares outputs with, labels `[N]` say; None for the model's own probabilities.
         loss_fn: (outputs, targets) -> scalar mean loss, which the attack raises and the path lowers.
         budget: Largest drift allowed (see `PathPoint.drift`); None for no limit.
@@ -114,7 +116,7 @@ def robustify(
     assert isinstance(data, TensorBatches)
     field = MetricField(model, TensorBatches(data.tree[0], batch_size), **options)
     about: dict[str, Any] = {"lr": lr, "momentum": momentum, "refresh": refresh, "num_batches": count_batches(data)}
-    objective = Robustness(data, loss_fn, epochs, attack=attack, **about)
+    objective = Robustness(data, loss_fn, epochs, attack=attack, share=share, **about)
     method = Method(
         control=StepControl(initial=1.0, smallest=1 / 64, largest=1.0, tolerance=0.1),
         corrector=NoCorrection(),

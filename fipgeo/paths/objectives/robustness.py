@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ class Robustness(NewTask):
 
     Attributes:
         attack: How examples are made. Its random start depends on the number of the minibatch alone.
+        share: Share of each minibatch that is attacked. The rest stays clean, so that its loss holds the function on
+            all inputs, where the metric sees those of one step.
 
     Raises:
         TypeError: There is no attack.
@@ -31,28 +34,32 @@ class Robustness(NewTask):
     """
 
     attack: Attack | None = None
+    share: float = 1.0
     name = "adversarial loss"
 
     def __post_init__(self) -> None:
         """Check the attack and the numbers."""
         super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: got {self.share}, expected a number in (0, 1]")
         if self.attack is None:
             raise TypeError("attack: got None, expected an Attack such as fipgeo.attacks.pgd(0.1)")
 
     def _shown(self, kept: Kept, position: Position, batch: Any, index: int) -> tuple[Any, float]:
-        """The minibatch under attack."""
+        """The minibatch, a share of it under attack."""
         assert self.attack is not None
         if not (isinstance(batch, list | tuple) and len(batch) == 2):
             raise ValueError(f"new_batches: a batch is a {type(batch).__name__}, expected (x, y) with a tensor x")
         x, y = batch
+        count = math.ceil(self.share * len(x))
         function = kept.at(position).map
         weights = function.named(position.theta)
 
         def losses(at: Tensor) -> Tensor:
             outputs = function.call(weights, at)
-            return self.loss_fn(outputs[0] if len(outputs) == 1 else outputs, y)
+            return self.loss_fn(outputs[0] if len(outputs) == 1 else outputs, y[:count])
 
         random = torch.Generator().manual_seed(index)
         with function.frozen():
-            found = replace(self.attack, restarts=1).ascend(losses, x, random)
-        return (found, y), 3.0 * self.attack.steps
+            found = replace(self.attack, restarts=1).ascend(losses, x[:count], random)
+        return (torch.cat([found, x[count:]]), y), 3.0 * self.attack.steps * count / len(x)
