@@ -31,7 +31,7 @@ def seen(seed: int, count: int) -> Tensor:
 
 def walked(model: nn.Module, **options: Any) -> PathResult:
     settings: dict[str, Any] = {"epochs": 3, "batch_size": 20, "refresh": 4, "lr": 0.5}
-    return robustify(model, seen(1, 150), pgd(0.3, 3), **(settings | options))
+    return robustify(model, seen(1, 100), pgd(0.3, 3), **(settings | options))
 
 
 @pytest.fixture(scope="module")
