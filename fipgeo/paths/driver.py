@@ -19,6 +19,7 @@ from fipgeo.model import NotFiniteError
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
 from fipgeo.paths.correctors import Corrector
+from fipgeo.paths.joined import Joined
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives import Objective
 from fipgeo.paths.record import Leg, PathPoint, PathResult
@@ -253,14 +254,16 @@ class _Walker:
         proposal = self.objective.propose(
             self.kept, state.position, state.objective, state.size, self.predictor, self.generator
         )
+        final = self.objective.landmark(proposal.state)
+        won = self.objective.beside(self.kept) if final else ()
         corrected = self.method.corrector.correct(
-            self.kept,
+            Joined.here(self.kept, won, proposal.position) if won else self.kept,
             proposal.position,
             proposal.free,
             state.corrector,
             self.generator,
-            moves=proposal.moves,
-            final=self.objective.landmark(proposal.state),
+            moves=None if won else proposal.moves,
+            final=final,
         )
         new = replace(
             state,

@@ -180,8 +180,9 @@ def adapt(
     """Teach a network new data while its outputs on old inputs stay; no old labels are needed.
 
     Gradients of the new loss are passed through the damped inverse of the metric on `keep`, mu (g + mu)^{-1}, so that
-    the network learns along directions which the old outputs do not feel; a Gauss-Newton step then removes the drift
-    of second order, and what was lost is measured on `held_out`.
+    the network learns along directions which the old outputs do not feel. At the end a Gauss-Newton correction looks
+    for weights near by where old outputs are what they were and outputs on the new data what they have become, and what
+    was lost is measured on `held_out`.
 
     Args:
         model: Any module; not changed. Write the result into it with `path[-1].apply_(model)`.
@@ -231,7 +232,7 @@ def adapt(
     _look(field)
     method = Method(
         control=StepControl(initial=1.0, smallest=1 / 64, largest=1.0, tolerance=0.1),
-        corrector=GaussNewton(steps=0, final_steps=1),
+        corrector=GaussNewton(steps=0, final_steps=3, max_rows=2048),
         damping=damping,
         budget=budget,
         max_steps=max_steps,

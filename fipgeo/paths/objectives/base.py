@@ -7,8 +7,9 @@ immutable; what evolves is an explicit state of tensors, so that a refused step 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,15 @@ class Objective(ABC):
     def landmark(self, state: State) -> bool:
         """Whether a position is worth the corrector's full work; by default only where the path arrives."""
         return self.reached(state)
+
+    def beside(self, kept: Kept) -> Sequence[Any]:
+        """Batches whose outputs the correction at a landmark leaves as they are, beside the protected; none by default.
+
+        Args:
+            kept: The protected function.
+        """
+        del kept
+        return ()
 
     def counted(self, model: OutputMap) -> Tensor:
         """Boolean `[D]`: the coordinates over which the sparsity of a point is counted."""

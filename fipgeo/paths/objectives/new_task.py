@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from fipgeo.data import Batches, LoaderBatches, TensorBatches
+from fipgeo.paths.joined import alike
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, weight_mask
+from fipgeo.trees import tensor_leaves
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -110,6 +112,16 @@ class NewTask(Objective):
     def reached(self, state: State) -> bool:
         """Whether all epochs are over."""
         return int(state["seen"]) >= self.total
+
+    def beside(self, kept: Kept) -> Sequence[Any]:
+        """New inputs, as many as are protected or as there are in an epoch: what was learned is not to be undone."""
+        batches, count = [], 0
+        for batch in self._stream(0, self.num_batches):
+            batches.append(alike(batch, kept.batches.first()))
+            count += len(tensor_leaves(batch)[0])
+            if count >= kept.num_examples:
+                break
+        return batches
 
     @property
     def total(self) -> int:
