@@ -87,6 +87,13 @@ def test_executed_blocks_of_the_pages_run(page: Path, float32_default: None) -> 
     run_blocks(page, {}, EXECUTED)
 
 
+def test_blocks_for_transformers_run_where_it_is_installed(float32_default: None) -> None:
+    page, option = DOCS / "tutorials" / "huggingface.md", 'title="with transformers installed"'
+    assert len(python_blocks(page, option)) == 2
+    pytest.importorskip("transformers")
+    run_blocks(page, {}, option)
+
+
 def test_blocks_are_found_and_failures_are_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text('# A page\n\n```python exec="on" session="a"\nx = 1\n```\n\n```python\nno\n```\n\n')
