@@ -8,12 +8,12 @@ One pretrained network of the folder that FIPGEO_DATA names, and its first train
 
 - "single": the pretrained network itself.
 - "path": `fipgeo.robustify` without labels, then the mean probability of points along it (`fipgeo.PathEnsemble`);
-  "path end" is its last point alone.
+  "path end" is its last point alone. "gentle path" is the same at a lower learning rate.
 - "FGE": fast geometric ensembling (Garipov et al. 2018), training with labels under a cyclical learning rate, a network
   kept at the bottom of each cycle; as many as the path ensemble has.
 - "adversarial": fine-tuning with labels on attacked minibatches alone, one network.
 
-FGE and adversarial fine-tuning get as many seconds of CPU time as the path took. Training images are mirrored at random
+FGE and adversarial fine-tuning get as many seconds of CPU time as "path" took. Training images are mirrored at random
 in these two. Figures: clean accuracy; accuracy under PGD-20 on the method itself (for ensembles on the mean
 probability), an input counting as lost once any point that the attack meets is misclassified; and "transfer", the
 accuracy on examples made by PGD-20 on the single network. Records go to benchmarks/results/robust.json.
@@ -40,7 +40,10 @@ from fipgeo.attacks import Attack, fgsm, pgd, withstands
 
 CASE = "akamaster_cifar10_resnet20"
 BOX: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "bounds": (0.0, 1.0)}
-METHODS = ("single", "path", "FGE", "adversarial")
+PATHS = {"path": 0.05, "gentle path": 0.015}
+"""Learning rates of paths."""
+
+METHODS = ("single", *PATHS, "FGE", "adversarial")
 FGE_RATES = (0.01, 0.0005)
 """Highest and lowest learning rate of a cycle."""
 
@@ -87,7 +90,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--begin", type=float, default=0.5, help="where on the path the first member lies")
     parser.add_argument("--eps", type=float, default=1.0, help="of the attack in training, in 255ths")
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--refresh", type=int, default=10)
     parser.add_argument("--rows", type=int, default=512, help="outputs in a metric")
@@ -116,9 +118,9 @@ def measured(methods: Sequence[str], seed: int, args: argparse.Namespace) -> Any
     for method in methods:
         found: dict[str, nn.Module] = {"single": model} if method == "single" else {}
         begun, notes = time.process_time(), {}
-        if method == "path":
-            found, notes = walked(model, x, attack, seed, args)
-            spent = time.process_time() - begun
+        if method in PATHS:
+            found, notes = walked(method, model, x, attack, seed, args)
+            spent = time.process_time() - begun if method == "path" else spent
         elif method != "single" and spent is None:
             raise SystemExit(f"{method} takes as long as the path did; measure --methods path first")
         elif method == "FGE":
@@ -133,16 +135,16 @@ def measured(methods: Sequence[str], seed: int, args: argparse.Namespace) -> Any
 
 
 def walked(
-    model: nn.Module, x: Tensor, attack: Attack, seed: int, args: argparse.Namespace
+    method: str, model: nn.Module, x: Tensor, attack: Attack, seed: int, args: argparse.Namespace
 ) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """The ensemble along a path, and the path's last point."""
-    options = {"epochs": args.epochs, "lr": args.lr, "damping": args.damping, "refresh": args.refresh}
+    options = {"epochs": args.epochs, "lr": PATHS[method], "damping": args.damping, "refresh": args.refresh}
     verdict = pretrained.held_out(CASE, 9800, 10000)
     path = fipgeo.robustify(model, x, attack, max_rows=args.rows, held_out=verdict, generator=seed, **options)
     several = fipgeo.PathEnsemble.along(path, model, args.members, begin=args.begin)
     notes = options | {"eps": args.eps, "rows": args.rows, "members": len(several), "begin": args.begin}
     notes |= {"steps": list(several.steps), "drifts": [round(p.drift, 3) for p in path]}
-    return {"path": several, "path end": path[-1].apply_(copy.deepcopy(model))}, notes
+    return {method: several, f"{method} end": path[-1].apply_(copy.deepcopy(model))}, notes
 
 
 def cycled(
