@@ -59,6 +59,9 @@ def test_contours_have_levels_spaced_by_what_is_there() -> None:
     levels = contours(factors).levels
     assert isinstance(contours(factors).norm, LogNorm)
     assert levels[1] / levels[0] == pytest.approx(levels[-1] / levels[-2])
+    near = plot_contours(Grid(AXIS, AXIS, 1.6 + bowl().values / 50), ax=blank())
+    said = [text.get_text() for text in near.texts]
+    assert len(set(said)) > 4  # digits enough to tell the levels apart
     plot_contours(Grid(AXIS[:2], AXIS[:2], torch.ones(2, 2)), ax=(flat := blank()))  # one value everywhere
     draw(flat)
 

@@ -78,7 +78,9 @@ def draw_contours(ax: Axes, grid: GridRecord, kwargs: Mapping[str, Any]) -> None
         lines = ax.contour(x, y, values, levels=filled.levels[1:-1], colors="white", linewidths=0.6, zorder=1.0)
         lines.set_gid(LINES)
         halo = [withStroke(linewidth=2.0, foreground="white")]
-        for text in ax.clabel(lines, fontsize="x-small", fmt=scientific, colors="black"):
+        short = {level: scientific(float(level)) for level in lines.levels}
+        names = short if len(set(short.values())) == len(short) else {level: f"{level:.3g}" for level in short}
+        for text in ax.clabel(lines, fontsize="x-small", fmt=names, colors="black"):
             text.set_path_effects(halo)
     ax.autoscale(False)
 

@@ -140,7 +140,7 @@ def plot_path_projection(projection: Any, *, ax: Axes | None = None, label: str 
     ax.set_aspect("equal", adjustable="datalim")
     shares = getattr(projection, "explained", None)
     said = ["", ""] if shares is None else [f", {100 * float(share):.0f} % of the variance" for share in shares]
-    label_axes(ax, f"first direction ({_UNIT}{said[0]})", f"second direction ({_UNIT}{said[1]})")
+    label_axes(ax, f"first direction ({_UNIT}{said[0]})", f"second direction\n({_UNIT}{said[1]})")
     refresh_legend(ax)
     return ax
 
