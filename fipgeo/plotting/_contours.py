@@ -16,7 +16,7 @@ from fipgeo.plotting._notes import artists
 
 FILLED, LINES, UNKNOWN = (f"fipgeo-contours-{part}" for part in ("filled", "lines", "unknown"))
 _LEVELS = 9
-_DECADES = 1.2  # a range of values beyond which levels are spaced by factors
+_DECADES = 1.0  # a range of values beyond which levels are spaced by factors
 
 
 @runtime_checkable
