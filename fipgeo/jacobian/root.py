@@ -25,7 +25,11 @@ from fipgeo.space import Where
 log = logging.getLogger(__name__)
 
 ENGINES = ("auto", "autodiff", "linearised", "factored", "materialised")
+"""Names of the engines."""
+
 MAX_BYTES = 2**30
+"""Most memory that an engine may hold unless told otherwise: 1 GiB."""
+
 MANY = 64
 """Products that `prepare` has in mind when no number is given."""
 
