@@ -100,7 +100,8 @@ def test_batches_of_a_list_and_of_a_loader_are_the_same() -> None:
         adapt(mlp(0), bundles(*task())[kind](), cross_entropy, keep=old(), epochs=0.1, budget=None)
         for kind in ("list", "loader")
     )
-    assert len(one) == len(two) and one[-1].cost == two[-1].cost  # the order within an epoch may differ
+    seen = [{k: int(v) for k, v in path.state.items() if k.endswith("seen")} for path in (one, two)]
+    assert len(one) == len(two) and seen[0] == seen[1] and seen[0]  # the order within an epoch may differ
 
 
 class Keyword(nn.Module):
@@ -201,9 +202,9 @@ def test_a_step_that_diverges_is_refused_not_blamed_on_the_loss() -> None:
     x, y = task(count=24)
     path = adapt(
         *(filled(Growing(), 0), (0.1 * x, y), lambda f, y: (f[:, 0] - y).square().mean()),
-        **{"keep": 0.1 * old(20), "geometry": "euclidean", "lr": 40.0, "budget": 0.5, "batch_size": 6},  # type: ignore[arg-type]
+        **{"keep": 0.1 * old(20), "geometry": "euclidean", "lr": 40.0, "budget": 1.0, "batch_size": 6},  # type: ignore[arg-type]
     )
-    assert path.outcome in ("reached", "budget", "stalled") and all(p.drift <= 0.5 for p in path)
+    assert path.outcome in ("reached", "budget", "stalled") and all(p.drift <= 1.0 for p in path)
 
 
 def test_classes_are_kept_as_tempered_probabilities_that_are_not_saturated() -> None:
