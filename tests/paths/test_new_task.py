@@ -204,7 +204,7 @@ def test_a_step_that_diverges_is_refused_not_blamed_on_the_loss() -> None:
         *(filled(Growing(), 0), (0.1 * x, y), lambda f, y: (f[:, 0] - y).square().mean()),
         **{"keep": 0.1 * old(20), "geometry": "euclidean", "lr": 40.0, "budget": 1.0, "batch_size": 6},  # type: ignore[arg-type]
     )
-    assert path.outcome in ("reached", "budget", "stalled") and all(p.drift <= 1.0 for p in path)
+    assert path.outcome in ("reached", "budget", "stalled") and all((p.control_drift or 0.0) <= 1.0 for p in path)
 
 
 def test_classes_are_kept_as_tempered_probabilities_that_are_not_saturated() -> None:
