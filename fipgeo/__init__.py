@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fipgeo import atlas, attacks, basis, between, geodesics, linalg, memory, optim, outputs, shrink, tangent
+from fipgeo.adapters import load_adapter
 from fipgeo.atlas import Composition
 from fipgeo.between import Connection, align, connect
 from fipgeo.data import as_batches
@@ -134,6 +135,7 @@ __all__ = [
     "geodesics",
     "grow_head",
     "linalg",
+    "load_adapter",
     "manifold",
     "memory",
     "merge_checkpoints",

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["TensorFile", "load_record", "remove_leftovers", "save_record"]
+__all__ = ["TensorFile", "load_record", "read_meta", "remove_leftovers", "save_record"]
 
 _KEY = "fipgeo"
 _SCHEMA = 1
@@ -100,6 +100,18 @@ def load_record(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         meta = _decode((file.metadata() or {}).get(_KEY), source)
         # the clone frees the tensor from the mapped file, which may be replaced or cut while it is in use
         return {name: file.get_tensor(name).clone() for name in file.keys()}, meta
+
+
+def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The dictionary of plain values of a file that `save_record` wrote; no tensor is read.
+
+    Raises:
+        FileNotFoundError: If the file is not there.
+        ValueError: As in `load_record`.
+    """
+    source = Path(path)
+    with _reading(source) as file:
+        return _decode((file.metadata() or {}).get(_KEY), source)
 
 
 class TensorFile(Mapping[str, Tensor]):

@@ -9,14 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fipgeo.io import TensorFile
+from fipgeo.space import Where, select
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 """A module, a state dict, or the path of a safetensors file."""
+
+Buffers = Literal["keep", "move"]
+"""What a difference of networks does with buffers: leave them as they are, or make them part of it."""
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of names that are buffers, where no module says which tensors are."""
@@ -105,3 +110,49 @@ def _place(tensor: Tensor) -> object:
     if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
         return id(tensor)
     return (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def pairs(
+    base: Named, tuned: Named, params: Where, policy: Buffers
+) -> tuple[dict[str, tuple[str, list[str]]], frozenset[str], dict[str, str], list[str]]:
+    """Which tensors of the two networks belong together.
+
+    Returns:
+        By name, the base's name and the names of the tensors in tuned that stand for it; which of them are buffers;
+        what is skipped and why; and what does not fit.
+    """
+    matches = {name: list(dict.fromkeys(filter(None, map(tuned.find, base.names_of(name))))) for name in base}
+    buffers = base.buffers | {name for name, found in matches.items() if tuned.buffers & set(found)}
+    chosen = _chosen(base, buffers, params)
+    out: dict[str, tuple[str, list[str]]] = {}
+    skipped: dict[str, str] = {}
+    problems: list[str] = []
+    for name, found in matches.items():
+        integers = (name in base.integers, any(other in tuned.integers for other in found))
+        if name in buffers and policy == "keep":
+            skipped[name] = "a buffer, kept as it is in the base"
+        elif name not in chosen and name not in buffers:
+            skipped[name] = "not chosen"
+        elif all(integers) or (integers[0] and not found):
+            skipped[name] = "integers, which have no difference to scale"
+        elif not found:
+            problems.append(f"{name} is missing in tuned")
+        elif any(integers):
+            problems.append(f"{name} holds integers in one of the two and real numbers in the other")
+        elif wrong := [list(tuned.shapes[other]) for other in found if tuned.shapes[other] != base.shapes[name]]:
+            problems.append(f"{name} has shape {list(base.shapes[name])} in base and {wrong[0]} in tuned")
+        else:
+            out[name] = (name, found)
+    if params is None:
+        known = {other for found in matches.values() for other in found}
+        left = [name for name in tuned if name not in known]
+        problems += [f"{name} is in tuned alone" for name in left if policy == "move" or name not in tuned.buffers]
+    return out, frozenset(buffers & out.keys()), skipped, problems
+
+
+def _chosen(base: Named, buffers: frozenset[str] | set[str], params: Where) -> set[str]:
+    """First names of the parameters that are asked for by any of their names."""
+    owners = {name: name for name in base if name not in buffers}
+    owners |= {alias: first for alias, first in base.aliases.items() if first in owners}
+    shown = {name: torch.empty(base.shapes[first], device="meta") for name, first in owners.items()}
+    return {owners[name] for name in select(shown, params)}

@@ -11,18 +11,19 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, overload
+from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
-from fipgeo.io import load_record, save_record
-from fipgeo.sources import Named, Source
+from fipgeo.io import TensorFile, load_record, read_meta, save_record
+from fipgeo.lazy import Deferred, Entry, Factors, entries_of, gathered, mapped, value
+from fipgeo.sources import Buffers, Named, Source, pairs
 from fipgeo.space import WeightSpace, Where, select
 
-Buffers = Literal["keep", "move"]
-
 _KIND = "task vector"
+_LEFT, _RIGHT = "#left", "#right"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +33,12 @@ class TaskVector:
     Vectors over the same tensors add, subtract, and are scaled; half-precision storage is summed in float32 and rounded
     once. Norms and dot products are over the parameters, buffers are left out.
 
+    Tensors may be products of narrow factors (`from_factors`) or lie in a file (`load(path, stream=True)`). Such a
+    tensor is made when it is asked for and not kept: sums and multiples of factors are factors, their inner products
+    need no product in full, and what is computed from streamed tensors is computed at each use.
+
     Attributes:
-        tensors: The differences.
+        tensors: The differences; a mapping that reads or multiplies where they are not in memory.
         buffers: Those of the names that are buffers (only under the policy "move").
         skipped: Tensors that are in the networks and not here, each with the reason.
 
@@ -85,10 +90,10 @@ class TaskVector:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: got {dtype}, expected a floating dtype such as torch.bfloat16")
         one, two = Named.of(base, argument="base"), Named.of(tuned, argument="tuned")
-        pairs, moved, skipped, problems = _pairs(one, two, params, buffers)
+        matched, moved, skipped, problems = pairs(one, two, params, buffers)
         _refuse(problems, "between: base and tuned do not fit")
         tensors: dict[str, Tensor] = {}
-        for name, (mine, others) in pairs.items():
+        for name, (mine, others) in matched.items():
             start, *ends = one.values[mine], *(two.values[other] for other in others)
             if any(not torch.equal(ends[0], end) for end in ends[1:]):
                 problems.append(f"{name} is tied in base and has {len(ends)} values in tuned ({', '.join(others)})")
@@ -96,6 +101,35 @@ class TaskVector:
             tensors[name] = (ends[0].to(start.device, wide) - start.to(wide)).to(dtype or wide)
         _refuse(problems, "between: base and tuned do not fit")
         return cls(tensors, moved, skipped)
+
+    @classmethod
+    def from_factors(
+        cls, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float = 1.0, *, transposed: bool = False
+    ) -> TaskVector:
+        """Low-rank differences scale * left @ right, kept as factors.
+
+        Args:
+            factors: By name, left `[m, r]` and right `[r, p]`; of LoRA, B and A.
+            scale: Of all; of LoRA, alpha / r.
+            transposed: The weights are `[p, m]`, the transposed products.
+
+        Raises:
+            ValueError: Two factors do not fit each other.
+
+        Examples:
+            >>> tau = TaskVector.from_factors({"w": (torch.ones(2, 1), torch.ones(1, 3))}, 0.5)
+            >>> tau.tensors["w"].tolist(), round(tau.norm(), 4)
+            ([[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]], 1.2247)
+        """
+        entries: dict[str, Entry] = {}
+        for name, (left, right) in factors.items():
+            one, two = (right.mT, left.mT) if transposed else (left, right)
+            shape = torch.Size([one.shape[0], two.shape[-1]])
+            try:
+                entries[name] = Factors(one.detach(), two.detach(), shape).scaled(scale)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return cls(gathered(entries))
 
     @classmethod
     def from_flat(cls, space: WeightSpace, vector: Tensor) -> TaskVector:
@@ -114,8 +148,7 @@ class TaskVector:
         Raises:
             ValueError: A parameter of the vector is not in the space, or has another shape; all are listed.
         """
-        names = self.parameters
-        found = {space.aliases.get(name, name): tensor for name, tensor in names.items()}
+        found = {space.aliases.get(name, name): tensor for name, tensor in self.parameters.items()}
         problems = [f"{name} is not in the space" for name in found if name not in space.shapes]
         problems += [
             f"{name} has shape {list(tensor.shape)}, the space {list(space.shapes[name])}"
@@ -127,29 +160,40 @@ class TaskVector:
         return space.ravel(zero | {name: t.to(space.device) for name, t in found.items()})
 
     @property
-    def parameters(self) -> dict[str, Tensor]:
+    def parameters(self) -> Mapping[str, Tensor]:
         """The tensors that are no buffers."""
-        return {name: tensor for name, tensor in self.tensors.items() if name not in self.buffers}
+        return gathered({name: e for name, e in entries_of(self.tensors).items() if name not in self.buffers})
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every tensor; nothing is read or multiplied."""
+        return {name: entry.shape for name, entry in entries_of(self.tensors).items()}
 
     @property
     def dim(self) -> int:
         """D, the number of parameters."""
-        return sum(tensor.numel() for tensor in self.parameters.values())
+        return sum(shape.numel() for name, shape in self.shapes.items() if name not in self.buffers)
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> TaskVector:
-        """The vector with every tensor replaced by function(name, tensor)."""
-        return replace(self, tensors={name: function(name, tensor) for name, tensor in self.tensors.items()})
+        """The vector with every tensor replaced by function(name, tensor), of the same shape.
+
+        Tensors that are not in memory are replaced at each use.
+        """
+        return self._with_entries(lambda name, entry: mapped(entry, partial(function, name)))
 
     def to(self, target: torch.dtype | torch.device | str) -> TaskVector:
         """The vector in another floating dtype or on another device."""
-        return self.map(lambda _, tensor: tensor.to(target))
+        return self._with_entries(
+            lambda _, e: e.to(target) if isinstance(e, Factors) else mapped(e, lambda tensor: tensor.to(target))
+        )
 
     def select(self, params: Where) -> TaskVector:
         """The vector restricted to some of its tensors."""
-        chosen = select(self.tensors, params)
+        shown = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        chosen = select(shown, params)
         out = {name: "not chosen" for name in self.tensors if name not in chosen}
-        kept = {name: self.tensors[name] for name in chosen}
-        return TaskVector(kept, self.buffers & kept.keys(), {**self.skipped, **out})
+        kept = {name: entry for name, entry in entries_of(self.tensors).items() if name in chosen}
+        return TaskVector(gathered(kept), self.buffers & kept.keys(), {**self.skipped, **out})
 
     def __add__(self, other: TaskVector) -> TaskVector:
         return self._with(other, 1.0)
@@ -161,13 +205,17 @@ class TaskVector:
         return self._with(other, -1.0)
 
     def __neg__(self) -> TaskVector:
-        return self.map(lambda _, tensor: -tensor)
+        return self * -1.0
 
     def __mul__(self, factor: float) -> TaskVector:
         if isinstance(factor, TaskVector):
             return NotImplemented
         scale = float(factor)
-        return self.map(lambda _, tensor: (tensor.to(_wide(tensor.dtype)) * scale).to(tensor.dtype))
+
+        def times(tensor: Tensor) -> Tensor:
+            return (tensor.to(_wide(tensor.dtype)) * scale).to(tensor.dtype)
+
+        return self._with_entries(lambda _, e: e.scaled(scale) if isinstance(e, Factors) else mapped(e, times))
 
     __rmul__ = __mul__
 
@@ -176,12 +224,13 @@ class TaskVector:
 
     def dot(self, other: TaskVector) -> float:
         """The inner product over all parameters, summed in float64."""
-        self._check(other)
-        return math.fsum(_dot(tensor, other.tensors[name]) for name, tensor in self.parameters.items())
+        self.check(other)
+        theirs = entries_of(other.tensors)
+        return math.fsum(_dot(entry, theirs[name]) for name, entry in entries_of(self.parameters).items())
 
     def norm(self) -> float:
         """The Euclidean norm over all parameters."""
-        return math.sqrt(self.dot(self))
+        return math.sqrt(max(0.0, self.dot(self)))
 
     def cosine(self, other: TaskVector) -> float:
         """The cosine of the angle to another vector; 0 where one of the two is zero."""
@@ -190,7 +239,7 @@ class TaskVector:
 
     def block_norms(self) -> dict[str, float]:
         """The Euclidean norm of every parameter tensor; their squares sum to the square of `norm`."""
-        return {name: math.sqrt(_dot(tensor, tensor)) for name, tensor in self.parameters.items()}
+        return {name: math.sqrt(max(0.0, _dot(e, e))) for name, e in entries_of(self.parameters).items()}
 
     @overload
     def apply_to(self, target: nn.Module, scale: float = 1.0) -> nn.Module: ...
@@ -215,9 +264,9 @@ class TaskVector:
         where = {name: named.find(name) for name in self.tensors}
         problems = [f"{name} is missing" for name, found in where.items() if found is None]
         problems += [
-            f"{name} has shape {list(named.shapes[found])}, the vector {list(self.tensors[name].shape)}"
+            f"{name} has shape {list(named.shapes[found])}, the vector {list(self.shapes[name])}"
             for name, found in where.items()
-            if found is not None and named.shapes[found] != self.tensors[name].shape
+            if found is not None and named.shapes[found] != self.shapes[name]
         ]
         _refuse(problems, "apply_to: the vector does not fit the target")
         moved: dict[str, Tensor] = {}
@@ -237,45 +286,78 @@ class TaskVector:
         return {name: values[named.aliases.get(name, name)] for name in target}
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the vector to one safetensors file (see `fipgeo.io.save_record`)."""
-        meta = {"kind": _KIND, "buffers": sorted(self.buffers), "skipped": dict(self.skipped)}
-        save_record(path, self.tensors, meta, overwrite=overwrite)
+        """Write the vector to one safetensors file (see `fipgeo.io.save_record`); factors stay factors."""
+        shapes: dict[str, list[int]] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, entry in entries_of(self.tensors).items():
+            if isinstance(entry, Factors):
+                shapes[name] = list(entry.shape)
+                tensors |= {f"{name}{_LEFT}": entry.left, f"{name}{_RIGHT}": entry.right}
+            else:
+                tensors[name] = value(entry)
+        order = {"names": list(self.tensors), "factors": shapes} if shapes else {}
+        meta = {"kind": _KIND, "buffers": sorted(self.buffers), "skipped": dict(self.skipped), **order}
+        save_record(path, tensors, meta, overwrite=overwrite)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TaskVector:
+    def load(cls, path: str | os.PathLike[str], *, stream: bool = False) -> TaskVector:
         """Read a vector that `save` wrote, bit for bit.
+
+        Args:
+            path: The file.
+            stream: Leave tensors in the file and read each one when it is used, every time; the file has to stay.
 
         Raises:
             ValueError: The file holds something else.
         """
-        tensors, meta = load_record(path)
+        tensors, meta = (TensorFile(path), read_meta(path)) if stream else load_record(path)
         if meta.get("kind") != _KIND:
             raise ValueError(f"{os.fspath(path)!r} holds a {meta.get('kind', 'record')!r}, expected a {_KIND!r}")
-        return cls(tensors, frozenset(meta["buffers"]), meta["skipped"])
+        shapes = meta.get("factors", {})
+        entries: dict[str, Entry] = {}
+        for name in meta.get("names", tensors):
+            if name in shapes:
+                pair = tensors[f"{name}{_LEFT}"], tensors[f"{name}{_RIGHT}"]
+                entries[name] = Factors(*pair, torch.Size(shapes[name]))
+            elif isinstance(tensors, TensorFile):
+                entries[name] = Deferred(tensors.shapes[name], partial(tensors.__getitem__, name))
+            else:
+                entries[name] = tensors[name]
+        return cls(gathered(entries), frozenset(meta["buffers"]), meta["skipped"])
+
+    def _with_entries(self, function: Callable[[str, Entry], Entry]) -> TaskVector:
+        return replace(self, tensors=gathered({n: function(n, e) for n, e in entries_of(self.tensors).items()}))
 
     def _with(self, other: TaskVector, scale: float) -> TaskVector:
         """Self + scale * other."""
         if not isinstance(other, TaskVector):
             return NotImplemented
-        self._check(other)
+        self.check(other)
+        theirs = entries_of(other.tensors)
 
-        def added(name: str, mine: Tensor) -> Tensor:
-            theirs = other.tensors[name].to(mine.device)
-            wide = _wide(mine.dtype, theirs.dtype)
-            out = torch.promote_types(mine.dtype, theirs.dtype)
-            return torch.add(mine.to(wide), theirs.to(wide), alpha=scale).to(out)
+        def added(name: str, mine: Entry) -> Entry:
+            other = theirs[name]
+            if isinstance(mine, Factors) and isinstance(other, Factors) and mine.matches(other):
+                return mine.added(other.scaled(scale))
+            if isinstance(mine, Tensor) and isinstance(other, Tensor):
+                return _added(mine, other, scale)
+            return Deferred(mine.shape, lambda: _added(value(mine), value(other), scale))
 
-        return replace(self.map(added), skipped={**other.skipped, **self.skipped})
+        return replace(self._with_entries(added), skipped={**other.skipped, **self.skipped})
 
-    def _check(self, other: TaskVector) -> None:
-        """Both vectors are over the same tensors."""
-        mine, theirs = self.tensors, other.tensors
+    def check(self, other: TaskVector) -> None:
+        """Look whether another vector is over the same tensors.
+
+        Raises:
+            ValueError: It is not; every difference is listed.
+        """
+        mine, theirs = self.shapes, other.shapes
         problems = [f"{name} is in the first alone" for name in mine if name not in theirs]
         problems += [f"{name} is in the second alone" for name in theirs if name not in mine]
         problems += [
-            f"{name} has shape {list(t.shape)} and {list(theirs[name].shape)}"
-            for name, t in mine.items()
-            if name in theirs and theirs[name].shape != t.shape
+            f"{name} has shape {list(shape)} and {list(theirs[name])}"
+            for name, shape in mine.items()
+            if name in theirs and theirs[name] != shape
         ]
         problems += [
             f"{name} is a buffer in one of the two alone"
@@ -287,7 +369,7 @@ class TaskVector:
     def __repr__(self) -> str:
         more = f", {len(self.buffers)} buffers" if self.buffers else ""
         left = f", {len(self.skipped)} tensors skipped" if self.skipped else ""
-        return f"TaskVector(D={self.dim:,} in {len(self.parameters)} tensors{more}{left})"
+        return f"TaskVector(D={self.dim:,} in {len(self.tensors) - len(self.buffers)} tensors{more}{left})"
 
 
 def _wide(*dtypes: torch.dtype) -> torch.dtype:
@@ -295,56 +377,19 @@ def _wide(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a.flatten().double(), b.to(a.device).flatten().double()))
+def _added(mine: Tensor, theirs: Tensor, scale: float) -> Tensor:
+    theirs = theirs.to(mine.device)
+    wide, out = _wide(mine.dtype, theirs.dtype), torch.promote_types(mine.dtype, theirs.dtype)
+    return torch.add(mine.to(wide), theirs.to(wide), alpha=scale).to(out)
+
+
+def _dot(a: Entry, b: Entry) -> float:
+    if isinstance(a, Factors) and isinstance(b, Factors) and a.matches(b):
+        return a.dot(b)
+    one, two = value(a), value(b)
+    return float(torch.dot(one.flatten().double(), two.to(one.device).flatten().double()))
 
 
 def _refuse(problems: list[str], head: str) -> None:
     if problems:
         raise ValueError(f"{head}: " + "; ".join(problems))
-
-
-def _pairs(
-    base: Named, tuned: Named, params: Where, policy: Buffers
-) -> tuple[dict[str, tuple[str, list[str]]], frozenset[str], dict[str, str], list[str]]:
-    """Which tensors of the two networks belong together.
-
-    Returns:
-        By name, the base's name and the names of the tensors in tuned that stand for it; which of them are buffers;
-        what is skipped and why; and what does not fit.
-    """
-    matches = {name: list(dict.fromkeys(filter(None, map(tuned.find, base.names_of(name))))) for name in base}
-    buffers = base.buffers | {name for name, found in matches.items() if tuned.buffers & set(found)}
-    chosen = _chosen(base, buffers, params)
-    pairs: dict[str, tuple[str, list[str]]] = {}
-    skipped: dict[str, str] = {}
-    problems: list[str] = []
-    for name, found in matches.items():
-        integers = (name in base.integers, any(other in tuned.integers for other in found))
-        if name in buffers and policy == "keep":
-            skipped[name] = "a buffer, kept as it is in the base"
-        elif name not in chosen and name not in buffers:
-            skipped[name] = "not chosen"
-        elif all(integers) or (integers[0] and not found):
-            skipped[name] = "integers, which have no difference to scale"
-        elif not found:
-            problems.append(f"{name} is missing in tuned")
-        elif any(integers):
-            problems.append(f"{name} holds integers in one of the two and real numbers in the other")
-        elif wrong := [list(tuned.shapes[other]) for other in found if tuned.shapes[other] != base.shapes[name]]:
-            problems.append(f"{name} has shape {list(base.shapes[name])} in base and {wrong[0]} in tuned")
-        else:
-            pairs[name] = (name, found)
-    if params is None:
-        known = {other for found in matches.values() for other in found}
-        left = [name for name in tuned if name not in known]
-        problems += [f"{name} is in tuned alone" for name in left if policy == "move" or name not in tuned.buffers]
-    return pairs, frozenset(buffers & pairs.keys()), skipped, problems
-
-
-def _chosen(base: Named, buffers: frozenset[str] | set[str], params: Where) -> set[str]:
-    """First names of the parameters that are asked for by any of their names."""
-    owners = {name: name for name in base if name not in buffers}
-    owners |= {alias: first for alias, first in base.aliases.items() if first in owners}
-    shown = {name: torch.empty(base.shapes[first], device="meta") for name, first in owners.items()}
-    return {owners[name] for name in select(shown, params)}

@@ -15,11 +15,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A unit (a module or a folder directly in fipgeo) imports from itself and from levels above its own line.
 LEVELS = [
-    {"io", "trees", "tasks", "grids"},
+    {"io", "lazy", "trees", "tasks", "grids"},
     {"linalg"},
-    {"space", "outputs", "data", "sources"},
+    {"space", "outputs", "data"},
+    {"sources"},
     {"attacks", "basis", "merging", "model", "task_vectors"},
-    {"jacobian", "shrink", "heads"},
+    {"jacobian", "shrink", "heads", "adapters"},
     {"metrics"},
     {"field"},
     {"paths", "tangent", "geodesics"},

@@ -5,6 +5,7 @@ from fipgeo.atlas.kinds import Isotropic, Kind, Partitions, PerBlock, PerLayer, 
 from fipgeo.atlas.losses import Loss, square
 from fipgeo.atlas.recipes import dare, elect, lines, ties, trim
 from fipgeo.atlas.solve import Fit, Goal, fit_
+from fipgeo.atlas.spectral import directions, isotropise, whiten
 from fipgeo.atlas.uses import choose_vectors, cosines, disentanglement_error, forget_
 
 __all__ = [
@@ -20,13 +21,16 @@ __all__ = [
     "choose_vectors",
     "cosines",
     "dare",
+    "directions",
     "disentanglement_error",
     "elect",
     "fit_",
     "forget_",
+    "isotropise",
     "lines",
     "partition",
     "square",
     "ties",
     "trim",
+    "whiten",
 ]

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from fipgeo.lazy import Entry, Factors, value
 
 _PIECE = 2**17
 """Stored numbers that are widened at a time where storage is narrower than the sums."""
@@ -30,6 +33,8 @@ class Block(nn.Module):
 
     Attributes:
         data: The vectors `[K, n, m]`, each weight at its place, zero where a part is one weight short.
+        shape: Of the tensor.
+        size: n and K.
     """
 
     data: Tensor
@@ -37,16 +42,25 @@ class Block(nn.Module):
 
     def __init__(self, vectors: Tensor, order: Tensor | None = None, parts: int = 1) -> None:
         super().__init__()
-        self.shape, flat = vectors.shape[1:], vectors.reshape(len(vectors), -1)
-        if order is not None and parts > 1:
-            width = -(-flat.shape[1] // parts)
-            table = flat.new_zeros(len(flat), parts * width)
-            table.index_copy_(1, order.long().to(flat.device), flat)
-            flat, order = table.view(len(flat), parts, width).transpose(0, 1).contiguous(), order.to(flat.device)
-        else:
-            flat, order = flat.unsqueeze(0), None
-        self.register_buffer("data", flat, persistent=False)
+        self._describe(vectors.shape[1:], len(vectors), order, parts, vectors.device)
+        self.register_buffer("data", self._parted(vectors), persistent=False)
+
+    def _describe(self, shape: torch.Size, count: int, order: Tensor | None, parts: int, device: torch.device) -> None:
+        parted = order is not None and parts > 1
+        self.shape, self.size = shape, (count, parts if parted else 1)
+        order = order.to(device) if order is not None and parted else None
         self.register_buffer("order", order, persistent=False)
+
+    def _parted(self, vectors: Tensor) -> Tensor:
+        """Vectors `[n, *shape]` as `[K, n, m]`."""
+        flat = vectors.reshape(len(vectors), -1)
+        if self.order is None:
+            return flat.unsqueeze(0)
+        parts = self.size[1]
+        width = -(-flat.shape[1] // parts)
+        table = flat.new_zeros(len(flat), parts * width)
+        table.index_copy_(1, self.order.long(), flat)
+        return table.view(len(flat), parts, width).transpose(0, 1).contiguous()
 
     def compose(self, weights: Tensor, base: Tensor | None = None) -> Tensor:
         """Weighted sums of the vectors, plus the base.
@@ -58,26 +72,117 @@ class Block(nn.Module):
         Returns:
             `[..., *shape]` in the dtype of the weights.
         """
-        lead = weights.shape[:-2]
+        lead, data = weights.shape[:-2], self.data
         rows = weights.reshape(-1, *weights.shape[-2:]).permute(2, 0, 1)  # [K, k, n]
         start = None if base is None else base.reshape(1, -1).to(weights.dtype)
-        if self.order is None and self.data.dtype == weights.dtype:
-            out = rows[0] @ self.data[0] if start is None else torch.addmm(start, rows[0], self.data[0])
+        if self.order is None and data.dtype == weights.dtype:
+            out = rows[0] @ data[0] if start is None else torch.addmm(start, rows[0], data[0])
         else:
-            out = _product(rows, self.data).transpose(0, 1).flatten(1)  # [k, K m]
+            out = _product(rows, data).transpose(0, 1).flatten(1)  # [k, K m]
             out = out if self.order is None else out.index_select(1, self.order)
             out = out if start is None else out.add_(start)
         return out.reshape((*lead, *self.shape))
 
     def project(self, gradient: Tensor) -> Tensor:
         """Inner products of gradients `[..., *shape]` with the vectors, `[..., n, K]`: the adjoint of `compose`."""
-        lead = gradient.shape[: gradient.dim() - len(self.shape)]
+        lead, data = gradient.shape[: gradient.dim() - len(self.shape)], self.data
         rows = gradient.reshape(lead.numel(), -1)
         if self.order is not None:
-            table = rows.new_zeros(len(rows), self.data.shape[0] * self.data.shape[2])
+            table = rows.new_zeros(len(rows), data.shape[0] * data.shape[2])
             rows = table.index_copy_(1, self.order.long(), rows)
-        rows = rows.view(len(rows), self.data.shape[0], -1).transpose(0, 1)  # [K, k, m]
-        return _product_transposed(rows, self.data).permute(1, 2, 0).reshape((*lead, *self.data.shape[1::-1]))
+        rows = rows.view(len(rows), data.shape[0], -1).transpose(0, 1)  # [K, k, m]
+        return _product_transposed(rows, data).permute(1, 2, 0).reshape((*lead, *self.size))
+
+
+class StreamedBlock(Block):
+    """A block whose vectors are made when it is used, and then forgotten: one block at a time is in memory.
+
+    Args:
+        entries: The vectors, each read, multiplied or computed when it is asked for.
+        dtype: In which they are stacked; None for the widest of theirs.
+        device: Where sums are taken; the module's moves are followed.
+        order: As in `Block`.
+        parts: As in `Block`.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        dtype: torch.dtype,
+        device: torch.device,
+        order: Tensor | None = None,
+        parts: int = 1,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.entries, self.dtype = list(entries), dtype
+        self._describe(entries[0].shape, len(entries), order, parts, device)
+        self.register_buffer("_here", torch.empty(0, device=device), persistent=False)
+        self._here: Tensor
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """The vectors `[K, n, m]`, made anew."""
+        out = torch.empty(len(self.entries), *self.shape, dtype=self.dtype, device=self._here.device)
+        for row, entry in zip(out, self.entries, strict=True):
+            row.copy_(value(entry))
+        return self._parted(out)
+
+
+class FactoredBlock(Block):
+    """A block of vectors that are products of narrow factors, which are never multiplied: sum_i w_i L_i R_i.
+
+    Args:
+        entries: The vectors, of one shape.
+        dtype: To store the factors in; None for their own.
+        device: Where they are kept.
+    """
+
+    def __init__(self, entries: Sequence[Factors], dtype: torch.dtype | None, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        self._describe(entries[0].shape, len(entries), None, 1, device)
+        owner = torch.cat([torch.full((entry.rank,), i) for i, entry in enumerate(entries)])
+        kept = [entry.to(device) if dtype is None else entry.to(device, dtype) for entry in entries]
+        self.register_buffer("left", torch.cat([entry.left for entry in kept], 1), persistent=False)
+        self.register_buffer("right", torch.cat([entry.right for entry in kept], 0), persistent=False)
+        self.register_buffer("owner", owner.to(device), persistent=False)
+        self.left: Tensor
+        self.right: Tensor
+        self.owner: Tensor
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """The vectors `[1, n, P]`, multiplied anew."""
+        wide = torch.promote_types(self.left.dtype, torch.float32)
+        return self.compose(torch.eye(self.size[0], dtype=wide, device=self.left.device)[..., None]).flatten(1)[None]
+
+    def compose(self, weights: Tensor, base: Tensor | None = None) -> Tensor:
+        """The sum as one product of all factors, those on the left scaled."""
+        lead = weights.shape[:-2]
+        rows = weights.reshape(-1, self.size[0]).index_select(1, self.owner)  # [k, R]
+        left, right = self.left.to(weights.dtype), self.right.to(weights.dtype)
+        out = ((left * rows.unsqueeze(1)) @ right).reshape((*lead, *self.shape))
+        return out if base is None else out.add_(base.to(weights.dtype))
+
+    def project(self, gradient: Tensor) -> Tensor:
+        """Inner products l^T G r of gradients with every pair of factors, gathered by vector."""
+        lead = gradient.shape[: gradient.dim() - len(self.shape)]
+        left, right = self.left.to(gradient.dtype), self.right.to(gradient.dtype)
+        matrix = gradient.reshape(lead.numel(), len(left), right.shape[1])
+        met = ((left.mT @ matrix) * right).sum(-1)  # [k, R]
+        return met.new_zeros(len(met), self.size[0]).index_add_(1, self.owner, met).reshape((*lead, *self.size))
+
+
+def block_of(
+    entries: Sequence[Entry], dtype: torch.dtype | None, device: torch.device, order: Tensor | None, parts: int
+) -> Block:
+    """The block for n vectors: in memory, as factors, or streamed where one of them is not in memory."""
+    factored = [entry for entry in entries if isinstance(entry, Factors)]
+    if len(factored) == len(entries) and parts == 1 and all(factored[0].matches(entry) for entry in factored):
+        return FactoredBlock(factored, dtype, device)
+    widest = dtype or reduce(torch.promote_types, [value(entry).dtype for entry in entries])
+    if any(not isinstance(entry, Tensor) for entry in entries):
+        return StreamedBlock(entries, widest, device, order, parts)
+    return Block(torch.stack([value(entry).to(device, widest) for entry in entries]), order, parts)
 
 
 def _product(rows: Tensor, data: Tensor) -> Tensor:
@@ -131,7 +236,7 @@ class Sums:
     def parts(self, flat: Tensor) -> list[Tensor]:
         """The weights `[..., n, K]` of each block."""
         pieces = flat.index_select(-1, self.index).split(list(self.sizes), -1)
-        return [piece.unflatten(-1, block.data.shape[1::-1]) for block, piece in zip(self.blocks, pieces, strict=True)]
+        return [piece.unflatten(-1, block.size) for block, piece in zip(self.blocks, pieces, strict=True)]
 
     def compose(self, flat: Tensor) -> tuple[Tensor, ...]:
         """The sums `[..., *shape]`."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fipgeo.atlas.blocks import Block, Compose, Sums
+from fipgeo.atlas.blocks import Block, Compose, Sums, block_of
 from fipgeo.atlas.kinds import Kind, PerBlock
 from fipgeo.io import load_record, save_record
+from fipgeo.lazy import Entry, Factors, entries_of, value
 from fipgeo.linalg import Function, LinearOperator
 from fipgeo.model import unwrapped
 from fipgeo.sources import Named
@@ -38,7 +39,9 @@ class Composition(nn.Module):
     Args:
         module: The network at theta_0; it stays as it is.
         vectors: Task vectors over its parameters, or some of them. A tensor that a vector lacks counts as zero, and
-            tensors that are zero take no memory.
+            tensors that are zero take no memory. Vectors of factors stay factors, and streamed ones are read block by
+            block whenever weights are composed or gradients taken; a part of a tensor has no factors, so `Partitions`
+            multiplies them block by block.
         kind: Which coefficient scales what: `Isotropic()`, `PerLayer()`, `PerBlock()` or `Partitions(K, seed)`.
         dtype: To store the vectors in; None for their own.
         start: The value of all coefficients at the start; 0 is the network itself.
@@ -91,11 +94,11 @@ class Composition(nn.Module):
         self.blocks = nn.ModuleList()
         index: list[Tensor] = []
         for name, size in sizes.items():
-            rows, stack = _stacked(name, found, dtype, named[name].device)
+            rows = [i for i, vector in enumerate(found) if name in vector and _moves(vector[name])]
             if not rows:
                 continue
-            parts = len(columns[name])
-            self.blocks.append(Block(stack, self.kind.order(name, size), parts))
+            stack, parts = [found[i][name] for i in rows], len(columns[name])
+            self.blocks.append(block_of(stack, dtype, named[name].device, self.kind.order(name, size), parts))
             self.names.append(name)
             index.append((torch.tensor(rows)[:, None] * shape[1] + columns[name]).flatten())
         self._sizes = [len(part) for part in index]
@@ -233,14 +236,14 @@ class Composition(nn.Module):
         return f"{n} vectors, {s} columns ({type(self.kind).__name__}), {n * s:,} coefficients"
 
 
-def _fitting(module: nn.Module, vectors: Sequence[TaskVector]) -> list[dict[str, Tensor]]:
+def _fitting(module: nn.Module, vectors: Sequence[TaskVector]) -> list[dict[str, Entry]]:
     """The vectors' parameters under the module's first names; all mismatches at once."""
     if not vectors:
         raise ValueError("vectors: got none, expected one task vector or more: TaskVector.between(base, tuned)")
     named, problems, out = Named.of(module), [], []
     for number, vector in enumerate(vectors):
-        found: dict[str, Tensor] = {}
-        for name, tensor in vector.parameters.items():
+        found: dict[str, Entry] = {}
+        for name, tensor in entries_of(vector.parameters).items():
             first = named.find(name)
             if first is None or first in named.buffers:
                 problems.append(f"vector {number}: the network has no parameter {name}")
@@ -255,15 +258,8 @@ def _fitting(module: nn.Module, vectors: Sequence[TaskVector]) -> list[dict[str,
     return out
 
 
-def _stacked(
-    name: str, vectors: list[dict[str, Tensor]], dtype: torch.dtype | None, device: torch.device
-) -> tuple[list[int], Tensor]:
-    """The vectors `[n', *shape]` that move a tensor, and their numbers."""
-    rows = [i for i, vector in enumerate(vectors) if name in vector and bool(vector[name].any())]
-    tensors = [vectors[i][name] for i in rows]
-    if not rows:
-        return rows, torch.zeros(0)
-    widest = tensors[0].dtype
-    for tensor in tensors:
-        widest = torch.promote_types(widest, tensor.dtype)
-    return rows, torch.stack([tensor.to(device, dtype or widest) for tensor in tensors])
+def _moves(entry: Entry) -> bool:
+    """Whether a difference is not zero; a deferred one is made for a moment."""
+    if isinstance(entry, Factors):
+        return bool(entry.left.any()) and bool(entry.right.any())
+    return bool(value(entry).any())

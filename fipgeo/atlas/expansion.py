@@ -89,7 +89,7 @@ class Expander:
 
     def _look(self, weights: dict[str, Tensor], c: Tensor, batch: Any) -> None:
         """Find out on a few examples which tensors go by the layers, and check that against plain autograd."""
-        divided = {n for n, block in zip(self.model.names, self.model._blocks(), strict=True) if len(block.data) > 1}
+        divided = {n for n, block in zip(self.model.names, self.model._blocks(), strict=True) if block.size[1] > 1}
         few = head(batch, 3)
         n = len(tensor_leaves(few)[0])
         with Recorder({id(t): name for name, t in weights.items()}, n) as seen:
@@ -127,7 +127,7 @@ class Expander:
         if self._by_rows:
             parts |= self._rows(weights, batch, n, width)
         blocks = zip(self.model.names, self.model._blocks(), strict=True)
-        empty = {name: b.data.new_zeros(n, width, *b.data.shape[1::-1]) for name, b in blocks if name not in parts}
+        empty = {name: f.new_zeros(n, width, *b.size) for name, b in blocks if name not in parts}
         flat = torch.cat([(parts | empty)[name].flatten(2) for name in self.model.names], 2)
         out = flat.new_zeros(n, width, self.model.coefficients.numel(), dtype=self.model.coefficients.dtype)
         return f, out.index_add_(2, self.model._index, flat.to(out.dtype))
@@ -151,7 +151,7 @@ class Expander:
                 delta = torch.stack([row[number] for row in pulled], 1)  # [n, some O, *trail]
                 for term in site.terms:
                     x = None if term.source < 0 else seen.inputs[term.source].detach()
-                    out = parts.setdefault(term.name, f.new_zeros(n, width, len(blocks[term.name].data[0]), 1))
+                    out = parts.setdefault(term.name, f.new_zeros(n, width, *blocks[term.name].size))
                     with torch.no_grad():
                         out[:, places.start : places.stop, :, 0] += _met(site, term, x, delta, blocks[term.name])
         return f.detach(), parts
