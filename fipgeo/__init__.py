@@ -53,6 +53,7 @@ from fipgeo.paths import (
     sparsify,
     walk,
 )
+from fipgeo.sequences import adapt_tasks
 from fipgeo.shrink import as_masks, channel_groups, to_dense_, to_prune_
 from fipgeo.space import WeightSpace
 from fipgeo.tangent import Component, TangentModel, compose, fit_square_, rescaled_square_loss
@@ -118,6 +119,7 @@ __all__ = [
     "WeightSpace",
     "__version__",
     "adapt",
+    "adapt_tasks",
     "align",
     "as_batches",
     "as_masks",

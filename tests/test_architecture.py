@@ -25,7 +25,7 @@ LEVELS = [
     {"field"},
     {"paths", "tangent", "geodesics"},
     {"memory"},
-    {"optim", "atlas", "manifold", "between"},
+    {"optim", "atlas", "manifold", "between", "sequences"},
     {"__main__"},
 ]
 ALONE = {"plotting"}  # imports nothing of ours, except for annotations; ours import it only inside a method
