@@ -57,6 +57,7 @@ def sentences() -> list[tuple[str, str]]:
     forward, training = costs(whole, "forward"), [costs(case, "training step")[0] for case in (whole, vit)]
     (partly,), (slowest,) = {*costs(last, "forward")}, {round(v) for v in costs(vit, "forward")}
     passes = found("learn", "passes", method=VIEWS)[0]
+    longer = found("learn", "passes", method="fine-tuning")[0]
     assert passes == found("learn", "passes", method=SKETCH)[0]
     return [
         (
@@ -65,11 +66,11 @@ def sentences() -> list[tuple[str, str]]:
         ),
         (
             "README.md",
-            f"higher on the ResNet ({pruned(RESNET, '0.9', gradual)} against {pruned(RESNET, '0.9', 'fipgeo')} at 90 %"
-            f" zeros) and lower on LeNet-5 ({pruned(LENET, '0.95', gradual)} against"
-            f" {pruned(LENET, '0.95', 'fipgeo')} at 95 %).",
+            f"higher on the ResNets ({pruned(RESNET, '0.9', gradual)} against {pruned(RESNET, '0.9', 'fipgeo')} at 90 %"
+            f" zeros) and, at 95 %, lower on LeNet-5 ({pruned(LENET, '0.95', gradual)} against"
+            f" {pruned(LENET, '0.95', 'fipgeo')}).",
         ),
-        ("README.md", f"in {passes} passes over the new data"),
+        ("README.md", f"in {passes} passes over the new data ({longer} for fine-tuning)"),
         ("README.md", f"in 20 views each: {learned(VIEWS)}"),
         ("README.md", f"a sketch of what the layers saw in their place: {learned(SKETCH)}"),
         ("README.md", f"fine-tuning: {learned('fine-tuning')}"),
