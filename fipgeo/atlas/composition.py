@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,16 +16,18 @@ from fipgeo.atlas.kinds import Kind, PerBlock
 from fipgeo.io import load_record, save_record
 from fipgeo.lazy import Entry, Factors, entries_of, value
 from fipgeo.linalg import Function, LinearOperator
-from fipgeo.model import unwrapped
+from fipgeo.model import OutputMap, unwrapped
 from fipgeo.sources import Named
 from fipgeo.space import WeightSpace
+from fipgeo.tangent import TangentModel
+from fipgeo.tangent.push import Expansion, called
 from fipgeo.task_vectors import TaskVector
 
 _FILE = "coefficients of a composition"
 
 
 class Composition(nn.Module):
-    """theta_0 + B c in the place of a network's weights, with the coefficients c to be trained.
+    """A network at theta_0 + B c, or its first-order expansion there, with the coefficients c to be trained.
 
     The weights are composed once in a forward pass, and the gradient in the coefficients is the inner products of the
     weights' gradient with the vectors. Vectors may be stored in float16 or bfloat16; sums are in float32, or in float64
@@ -36,6 +38,10 @@ class Composition(nn.Module):
     Only parameters are composed. Buffers, such as the running statistics of BatchNorm, are the network's own and
     behave as in any module: used in eval mode, updated in train mode.
 
+    With `linear=True` outputs are f(x; theta_0) + J(x; theta_0) B c by one forward-mode pass, evaluated as
+    `TangentModel` does it, in eval mode always: they are linear in c, and a convex loss is convex in c. Then `fit_`
+    needs one step, nothing is trained beside c, and `merge` gives a `TangentModel`.
+
     Args:
         module: The network at theta_0; it stays as it is.
         vectors: Task vectors over its parameters, or some of them. A tensor that a vector lacks counts as zero, and
@@ -45,6 +51,7 @@ class Composition(nn.Module):
         kind: Which coefficient scales what: `Isotropic()`, `PerLayer()`, `PerBlock()` or `Partitions(K, seed)`.
         dtype: To store the vectors in; None for their own.
         start: The value of all coefficients at the start; 0 is the network itself.
+        linear: Linearise the network in its weights at theta_0.
 
     Attributes:
         coefficients: The parameter c `[n, S]`: n vectors, S columns as `labels` names them.
@@ -72,8 +79,10 @@ class Composition(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         start: float = 0.0,
+        linear: bool = False,
     ) -> None:
         super().__init__()
+        self.linear = linear
         self.kind = PerBlock() if kind is None else kind
         self.module = copy.deepcopy(unwrapped(module))
         self.training = self.module.training
@@ -106,11 +115,17 @@ class Composition(nn.Module):
         self.register_buffer("_index", places.to(device), persistent=False)
         self._index: Tensor
         self._shared: dict[str, Tensor] | None = None
+        self._expansion: Expansion | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's output at theta_0 + B c."""
-        weights = self.weights() if self._shared is None else self._shared
-        return torch.func.functional_call(self.module, weights, args, kwargs)
+        """The network's output at theta_0 + B c, or that of its expansion."""
+        composed = self._used() if self._shared is None else self._shared
+        if not (self.linear and self.names):
+            return torch.func.functional_call(self.module, composed, args, kwargs)
+        if self._expansion is None:
+            names = frozenset(self.names)
+            self._expansion = Expansion(OutputMap(self.module, lambda name, _: name in names, forward_fn=called))
+        return self._expansion(composed, (args, kwargs))
 
     def weights(self, coefficients: Tensor | None = None) -> dict[str, Tensor]:
         """The composed tensors by name, differentiable in the coefficients; tensors no vector moves are left out.
@@ -118,11 +133,24 @@ class Composition(nn.Module):
         Args:
             coefficients: `[n, S]` in place of the module's own, for functions of the coefficients (torch.func).
         """
+        return self._summed(coefficients, self._bases())
+
+    def displacements(self, coefficients: Tensor | None = None) -> dict[str, Tensor]:
+        """B c by name: how far the composed tensors are from the network's. As `weights` otherwise."""
+        return self._summed(coefficients, None)
+
+    def _summed(self, coefficients: Tensor | None, bases: list[Tensor] | None) -> dict[str, Tensor]:
         flat = (self.coefficients if coefficients is None else coefficients).flatten()
-        named = dict(self.module.named_parameters())
-        bases = [named[name].detach() for name in self.names]
-        sums = Sums(self._blocks(), self._index, self._sizes, bases, [base.dtype for base in bases])
+        sums = Sums(self._blocks(), self._index, self._sizes, bases, [base.dtype for base in self._bases()])
         return dict(zip(self.names, Compose.apply(flat, sums), strict=True))
+
+    def _bases(self) -> list[Tensor]:
+        named = dict(self.module.named_parameters())
+        return [named[name].detach() for name in self.names]
+
+    def _used(self) -> dict[str, Tensor]:
+        """What a forward pass takes: weights, or tangents of the linearised network."""
+        return self.displacements() if self.linear else self.weights()
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -145,7 +173,7 @@ class Composition(nn.Module):
         """
         if self._shared is not None:
             raise RuntimeError("once: the composition is in such a block already; leave it first")
-        composed = self.weights()
+        composed = self._used()
         self._shared = {n: t.detach().requires_grad_(t.requires_grad) for n, t in composed.items()}
         try:
             yield
@@ -188,8 +216,14 @@ class Composition(nn.Module):
         return Function(apply, adjoint, (space.dim, size), dtype=wide, device=self.coefficients.device)
 
     def merge(self) -> nn.Module:
-        """The network with the composed weights, a plain module of its own: no cost remains."""
+        """The network with the composed weights, a plain module of its own: no cost remains.
+
+        Of a linear composition, the `TangentModel` with tau = B c, which costs one forward-mode pass.
+        """
         out = self.unload()
+        if self.linear and self.names:
+            names = frozenset(self.names)
+            return TangentModel(out, lambda name, _: name in names, copy=False).assign_(self.displacements())
         named = dict(out.named_parameters())
         with torch.no_grad():
             for name, value in self.weights().items():
@@ -206,7 +240,7 @@ class Composition(nn.Module):
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the coefficients and what they mean to one file; the network and the vectors are not in it."""
-        meta = {"kind": _FILE, "of": self.kind.describe(), "labels": self.labels}
+        meta = {"kind": _FILE, "of": self.kind.describe(), "labels": self.labels, "linear": self.linear}
         save_record(path, {"coefficients": self.coefficients}, meta, overwrite=overwrite)
 
     def load_(self, path: str | os.PathLike[str]) -> Composition:
@@ -218,9 +252,9 @@ class Composition(nn.Module):
         tensors, meta = load_record(path)
         if meta.get("kind") != _FILE:
             raise ValueError(f"{os.fspath(path)!r} holds a {meta.get('kind', 'record')!r}, expected {_FILE}")
-        here = (self.kind.describe(), self.labels, list(self.coefficients.shape))
-        there = (meta["of"], meta["labels"], list(tensors["coefficients"].shape))
-        for what, mine, theirs in zip(("kind", "columns", "shape"), here, there, strict=True):
+        here = (self.kind.describe(), self.labels, list(self.coefficients.shape), self.linear)
+        there = (meta["of"], meta["labels"], list(tensors["coefficients"].shape), meta.get("linear", False))
+        for what, mine, theirs in zip(("kind", "columns", "shape", "flag linear"), here, there, strict=True):
             if mine != theirs:
                 raise ValueError(f"{os.fspath(path)!r} has the {what} {theirs}, this composition {mine}")
         with torch.no_grad():
@@ -229,6 +263,12 @@ class Composition(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Composition:
+        """Casts and moves, as for any module; the expansion is made anew for the new dtype and device."""
+        super()._apply(fn, recurse)
+        self._expansion = None
+        return self
 
     def extra_repr(self) -> str:
         """Sizes, for `print`."""

@@ -21,7 +21,8 @@ from fipgeo.jacobian.factored.capture import Recorder, Site, Term
 from fipgeo.jacobian.rows import RowMaker, as_tree
 from fipgeo.model import ForwardFn, OutputFn, OutputMap
 from fipgeo.outputs import Euclidean
-from fipgeo.trees import head, tensor_leaves
+from fipgeo.tangent.push import Expansion
+from fipgeo.trees import head, output_tensors, tensor_leaves
 
 log = logging.getLogger(__name__)
 
@@ -56,28 +57,36 @@ class Expander:
         self.model, self.passes = model, 0.0
         names = frozenset(model.names)
         self.map = OutputMap(model.module, lambda n, _: n in names, forward_fn=forward_fn, output_fn=output_fn)
+        self._linear = Expansion(self.map)
         self._by_rows: set[str] | None = None  # known after the first batch
         self._copies: frozenset[int] = frozenset()
         self._step = 0
 
     def outputs(self, c: Tensor, batch: Any) -> Tensor:
         """Outputs `[n, ..., C]` at coefficients c."""
-        with self.map.frozen():
-            found = _one(self.map.call(self.model.weights(c), batch))
+        if self.model.linear:
+            with torch.no_grad():
+                found = _one(output_tensors(self._linear(self.model.displacements(c), batch)))
+        else:
+            with self.map.frozen():
+                found = _one(self.map.call(self.model.weights(c), batch))
         self.passes += len(found) / 3
         return found
 
     def __call__(self, c: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs `[n, ..., C]` and their derivative `[n, O, r]` by the coefficients."""
+        at = torch.zeros_like(c) if self.model.linear else c
         with self.map.frozen():
-            weights = {name: t.detach() for name, t in self.model.weights(c).items()}
+            weights = {name: t.detach() for name, t in self.model.weights(at).items()}
             if self._by_rows is None:
-                self._look(weights, c, batch)
+                self._look(weights, at, batch)
             pieces = [self._piece(weights, part) for part in self._pieces(batch)]
-        outputs = torch.cat([f for f, _ in pieces])
+        outputs, derivative = torch.cat([f for f, _ in pieces]), torch.cat([a for _, a in pieces])
+        if self.model.linear:
+            outputs = outputs + (derivative @ c.flatten()).view_as(outputs).to(outputs.dtype)
         width = outputs[0].numel() + len(self.model.coefficients)
         self.passes += len(outputs) * (1 + width) / 3
-        return outputs, torch.cat([a for _, a in pieces])
+        return outputs, derivative
 
     def _pieces(self, batch: Any) -> Iterator[Any]:
         """A batch in parts whose derivatives fit."""

@@ -92,13 +92,15 @@ def fit_(
     """Learn the coefficients of a composition, in place, by steps in the metric of the outputs.
 
     Args:
-        model: Its coefficients are the start and the result; nothing else is changed.
+        model: Its coefficients are the start and the result; nothing else is changed. A linear composition is solved
+            in one step, in closed form for the square loss.
         goals: A `Goal`, several of them, or the data of one.
         loss: Of the one goal whose data were given.
         steps: Most steps; each linearises the network once.
         sample: Examples of each goal in a step, drawn anew for every step; None for all of them. The derivative takes
             examples x outputs x coefficients numbers.
-        damping: At first, as a multiple of the metric's mean eigenvalue; found again in every step.
+        damping: At first, as a multiple of the metric's mean eigenvalue; found again in every step. A linear
+            composition has none beyond rounding.
         ridge: Weight of |c|^2 / 2 beside the losses.
         rtol: A step that lowers the objective by a smaller share of its first value is the last.
         target: An objective at which to stop.
@@ -141,7 +143,7 @@ def fit_(
         if step == steps or start <= target:
             break
         problem = _Problem.at(terms, parts, c, ridge)
-        mu = damping * problem.scale() if mu is None else mu
+        mu = (EXACT if model.linear else damping) * problem.scale() if mu is None else mu
         found = _searched(problem, partial(_objective, terms, parts, ridge), start, mu, rtol * abs(losses[0]))
         if found.c is None:
             outcome = found.outcome
@@ -157,6 +159,8 @@ def fit_(
     return Fit(tuple(losses), tuple(passes), float(mu or 0.0), outcome)
 
 
+EXACT = 1e-10
+"""Damping of a linear composition, whose expansion is exact: the first step is the solution."""
 FACTOR = 8.0
 """Between one damping and the next."""
 LITTLE = 0.03

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from fipgeo.model import OutputMap, unwrapped
 from fipgeo.space import WeightSpace, Where
-from fipgeo.tangent.push import pushed, pushed_transposed
+from fipgeo.tangent.push import Expansion, called
 
 
 class TangentModel(nn.Module):
@@ -75,13 +73,12 @@ class TangentModel(nn.Module):
         named = dict(self.base.named_parameters())
         for name in self._names:
             _place(self.tau, name, nn.Parameter(torch.zeros_like(named[name], memory_format=torch.contiguous_format)))
-        self._rules: dict[torch.dtype | None, Callable[..., Any]] = {}
-        self._map = self._output_map()
+        self._expanded = self._expansion()
 
     @property
     def space(self) -> WeightSpace:
         """The trainable tensors as coordinates."""
-        return self._map.space
+        return self._expanded.map.space
 
     @property
     def names(self) -> list[str]:
@@ -114,57 +111,12 @@ class TangentModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns for these inputs, with every floating tensor linearised in the weights."""
-        compiler = sys.modules.get("torch._dynamo")  # there once anything was compiled; it cannot trace dual numbers
-        run = self._linearised if compiler is None else compiler.disable(self._linearised)
-        return run(args, kwargs)
+        return self._expanded(self.tangents(), (args, kwargs))
 
     def base_outputs(self, *args: Any, **kwargs: Any) -> Any:
         """f(x; theta_0), without a graph and evaluated as the expansion is."""
-        with self._contexts(), torch.no_grad():
-            return self._map.raw({}, (args, kwargs))
-
-    def _linearised(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        weights = {name: t.detach() for name, t in self.base.named_parameters()}
-        weights = {name: weights[name] for name in self._names}
-        tangents = {name: t.to(weights[name].dtype) for name, t in self.tangents().items()}
-        with self._contexts() as precision:
-            if precision in self._rules:
-                return self._rules[precision](self._map, weights, tangents, (args, kwargs))
-            return self._first(precision, weights, tangents, (args, kwargs))
-
-    def _first(
-        self, precision: torch.dtype | None, weights: dict[str, Tensor], tangents: dict[str, Tensor], call: Any
-    ) -> Any:
-        """The first evaluation at a precision: forward mode where the module has it, else reverse mode through itself.
-
-        Forward mode fails under autocast where torch gives values and tangents different dtypes (BatchNorm).
-        """
-        first: Exception | None = None
-        for rule in (pushed, pushed_transposed):
-            try:
-                out = rule(self._map, weights, tangents, call)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError) as error:
-                first = first or error
-                continue
-            self._rules[precision] = rule
-            return out
-        assert first is not None
-        raise first
-
-    @contextmanager
-    def _contexts(self) -> Iterator[torch.dtype | None]:
-        """The map's own, with the caller's grad mode and autocast, whose dtype is given, or None without."""
-        kind = self.space.device.type
-        autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        grad = torch.is_grad_enabled()
-        with ExitStack() as stack:
-            stack.enter_context(self._map.frozen())
-            stack.enter_context(torch.set_grad_enabled(grad))
-            if autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype))
-            yield dtype if autocast else None
+        with self._expanded.contexts(), torch.no_grad():
+            return self._expanded.map.raw({}, (args, kwargs))
 
     def train(self, mode: bool = True) -> TangentModel:
         """Set the mode of this module and its tangents; the base stays in eval mode."""
@@ -172,25 +124,19 @@ class TangentModel(nn.Module):
         self.tau.train(mode)
         return self
 
-    def _output_map(self) -> OutputMap:
+    def _expansion(self) -> Expansion:
         names = frozenset(self._names)
-        return OutputMap(self.base, lambda name, _: name in names, forward_fn=_called, output_fn=None)
+        return Expansion(OutputMap(self.base, lambda name, _: name in names, forward_fn=called))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TangentModel:
-        """Casts and moves, as for any module; the map is made anew for the new dtype and device."""
+        """Casts and moves, as for any module; the expansion is made anew for the new dtype and device."""
         super()._apply(fn, recurse)
-        self._map = self._output_map()
+        self._expanded = self._expansion()
         return self
 
     def extra_repr(self) -> str:
         """Size of tau."""
         return f"trainable: {self.space.dim:,} of {sum(p.numel() for p in self.base.parameters()):,} weights"
-
-
-def _called(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    """The module's call on positional and keyword inputs."""
-    args, kwargs = call
-    return module(*args, **kwargs)
 
 
 def frozen_copy(module: nn.Module, *, share: bool = False) -> nn.Module:

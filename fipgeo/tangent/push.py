@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from fipgeo.jacobian.graphs import HOOKS
@@ -87,3 +89,73 @@ def _checked(value: Tensor) -> Tensor:
             " of expanded outputs, so leave labels out of the call and compute the loss from what it returns"
         )
     return value
+
+
+class Expansion:
+    """F + J tau of a module at its present weights, as a function of tau: differentiable in it, in what the caller set.
+
+    Args:
+        output_map: The module, and which weights have tangents.
+
+    Attributes:
+        map: The same.
+    """
+
+    def __init__(self, output_map: OutputMap) -> None:
+        self.map = output_map
+        self._rules: dict[torch.dtype | None, Callable[..., Any]] = {}
+
+    def __call__(self, tangents: Named, batch: Any) -> Any:
+        """What the module returns for a batch, every floating tensor linearised; tangents by name, in any dtype."""
+        compiler = sys.modules.get("torch._dynamo")  # there once anything was compiled; it cannot trace dual numbers
+        run = self._linearised if compiler is None else compiler.disable(self._linearised)
+        return run(tangents, batch)
+
+    def _linearised(self, tangents: Named, batch: Any) -> Any:
+        named = dict(self.map.module.named_parameters())
+        weights = {name: named[name].detach() for name in self.map.space.names}
+        moves = {name: tangents[name].to(weight.dtype) for name, weight in weights.items()}
+        with self.contexts() as precision:
+            if precision in self._rules:
+                return self._rules[precision](self.map, weights, moves, batch)
+            return self._first(precision, weights, moves, batch)
+
+    def _first(
+        self, precision: torch.dtype | None, weights: dict[str, Tensor], tangents: dict[str, Tensor], call: Any
+    ) -> Any:
+        """The first evaluation at a precision: forward mode where the module has it, else reverse mode through itself.
+
+        Forward mode fails under autocast where torch gives values and tangents different dtypes (BatchNorm).
+        """
+        first: Exception | None = None
+        for rule in (pushed, pushed_transposed):
+            try:
+                out = rule(self.map, weights, tangents, call)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                first = first or error
+                continue
+            self._rules[precision] = rule
+            return out
+        assert first is not None
+        raise first
+
+    @contextmanager
+    def contexts(self) -> Iterator[torch.dtype | None]:
+        """The map's own, with the caller's grad mode and autocast, whose dtype is given, or None without."""
+        kind = self.map.space.device.type
+        autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        grad = torch.is_grad_enabled()
+        with ExitStack() as stack:
+            stack.enter_context(self.map.frozen())
+            stack.enter_context(torch.set_grad_enabled(grad))
+            if autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            yield dtype if autocast else None
+
+
+def called(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """The module's call on positional and keyword inputs."""
+    args, kwargs = call
+    return module(*args, **kwargs)
