@@ -36,13 +36,13 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("base", help="checkpoint: a .safetensors file, its index, or a folder of shards")
     parser.add_argument("tuned", nargs="+", type=weighted, help="tuned checkpoint and its weight, path:weight")
-    parser.add_argument("-o", "--out", required=True, help="the file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    parser.add_argument("-o", "--out", required=True, help="the .safetensors file to write, or a folder for shards")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=merge)
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Write base + sum_i w_i (tuned_i - base) in the memory of a few tensors."""
+    """Write base + sum_i w_i (tuned_i - base) in the memory of a few tensors; the same call goes on after a stop."""
     weights: dict[str, float] = {}
     for path, weight in args.tuned:
         weights[path] = weights.get(path, 0.0) + weight

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +33,7 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 """Dtypes as safetensors writes them."""
+_PLAN = "plan.json"
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -67,6 +70,18 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def shards(self) -> dict[str, list[str]]:
+        """Names of the tensors in each file, by the name of the file."""
+        out: dict[str, list[str]] = {}
+        for name, file in self.files.items():
+            out.setdefault(file.path.name, []).append(name)
+        return out
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Place, size and time of change of each file."""
+        paths = dict.fromkeys(file.path for file in self.files.values())
+        return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
     def shape(self, name: str) -> torch.Size:
         """The shape of a tensor, from the header alone."""
         return self.files[name].shapes[name]
@@ -83,22 +98,24 @@ def merge_checkpoints(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write base + sum_i w_i (tuned_i - base) to one safetensors file.
+    """Write base + sum_i w_i (tuned_i - base) to one safetensors file, or to a folder in the base's own shards.
 
     Tensors are merged one at a time in float32, or float64 where one of them is, and rounded once to the base's dtype.
-    Those that hold no real numbers are the base's. The file appears under its name when it is complete.
+    Those that hold no real numbers are the base's. The file or folder appears under its name when it is complete.
+    Shards that an interrupted merge has written are kept in a hidden folder beside it, `.NAME.part`, and the same call
+    goes on after them if weights and files are as they were.
 
     Args:
         base: Checkpoint that the others were tuned from: a file, an index, or a folder with one of them.
         tuned: Weight of each tuned checkpoint; negative to take back what it learned.
-        out: Path of the result, ending in .safetensors.
-        overwrite: Replace a file that is there.
+        out: Path of the result: a file that ends in .safetensors, or a folder for the shards and their index.
+        overwrite: Replace a file that is there, or a folder that holds nothing but a checkpoint.
 
     Returns:
         The path of the result.
 
     Raises:
-        FileExistsError: There is such a file, and `overwrite` is False.
+        FileExistsError: There is such a file or folder and `overwrite` is False, or the folder holds other files too.
         FileNotFoundError: A checkpoint is missing.
         ValueError: Names, shapes or kinds differ (all mismatches of all checkpoints are listed), or a checkpoint cannot
             be read, or `out` ends otherwise.
@@ -118,28 +135,88 @@ def merge_checkpoints(
         >>> folder.cleanup()
     """
     target = Path(out)
-    if target.suffix != ".safetensors":
-        raise ValueError(f"out: got {str(target)!r}, expected a path that ends in .safetensors")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"out: {str(target)!r} is there already; pass overwrite=True to replace it")
+    whole = target.suffix == ".safetensors"
+    if target.suffix and not whole:
+        raise ValueError(f"out: got {str(target)!r}, expected a path that ends in .safetensors, or a folder")
+    _refuse_existing(target, overwrite)
     start, others = Checkpoint(base), {Path(path): (Checkpoint(path), float(w)) for path, w in tuned.items()}
     problems = [f"{path}: {text}" for path, (other, _) in others.items() for text in _mismatches(start, other)]
     if problems:
         raise ValueError("tuned: the checkpoints do not fit the base: " + "; ".join(problems))
+    if whole:
+        with _replacing(target) as file:
+            _write(file, list(start), start, list(others.values()))
+            _refuse_existing(target, overwrite)
+        return target
+    work = _workplace(target, start, others)
+    for shard, names in start.shards().items():
+        if not (work / shard).exists():
+            with _replacing(work / shard) as file:
+                _write(file, names, start, list(others.values()))
+    _finish(work, target, start, overwrite)
+    return target
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"out: {str(target)!r} is there already; pass overwrite=True to replace it")
+    other = [file.name for file in target.iterdir() if not _ours(file)] if target.is_dir() else []
+    if other:
+        raise FileExistsError(
+            f"out: the folder {str(target)!r} holds {other[0]!r}, which is no part of a checkpoint; choose another one"
+        )
+
+
+def _ours(file: Path) -> bool:
+    return file.name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[BinaryIO]:
+    """A file to be written, which appears under its name when the block ends well."""
     handle, fresh = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            _write(file, start, list(others.values()))
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        if target.exists() and not overwrite:
-            raise FileExistsError(f"out: {str(target)!r} appeared meanwhile; pass overwrite=True to replace it")
         os.chmod(fresh, 0o666 & ~_mask())
         os.replace(fresh, target)
     except BaseException:
         os.unlink(fresh)
         raise
-    return target
+
+
+def _workplace(target: Path, base: Checkpoint, others: Mapping[Path, tuple[Checkpoint, float]]) -> Path:
+    """The folder in which shards are gathered: that of an interrupted merge of the same files, or a new one."""
+    work = target.with_name(f".{target.name}.part")
+    parts = {"base": (base, 1.0)} | {str(path.resolve()): part for path, part in others.items()}
+    plan = json.dumps({name: [weight, checkpoint.stamps()] for name, (checkpoint, weight) in parts.items()})
+    if not (work / _PLAN).exists() or (work / _PLAN).read_text() != plan:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        (work / _PLAN).write_text(plan)
+    for left in work.glob(".*.part"):  # by a merge that was killed
+        left.unlink()
+    return work
+
+
+def _finish(work: Path, target: Path, base: Checkpoint, overwrite: bool) -> None:
+    """Write the index and give the folder its name."""
+    shards = base.shards()
+    total = sum((work / shard).stat().st_size for shard in shards)
+    listed = {name: shard for shard, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": listed}
+    (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    _refuse_existing(target, overwrite)
+    (work / _PLAN).unlink()
+    if target.exists():
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        os.replace(target, old)
+        os.replace(work, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(work, target)
 
 
 def _located(path: Path) -> Path:
@@ -165,10 +242,10 @@ def _mismatches(base: Checkpoint, other: Checkpoint) -> list[str]:
     return out
 
 
-def _write(file: BinaryIO, base: Checkpoint, others: list[tuple[Checkpoint, float]]) -> None:
-    """The header, whose sizes are known from the base, and then the tensors in its order."""
+def _write(file: BinaryIO, names: list[str], base: Checkpoint, others: list[tuple[Checkpoint, float]]) -> None:
+    """The header, whose sizes are known from the base, and then the named tensors in order."""
     header, end = {}, 0
-    for name in base:
+    for name in names:
         dtype = base[name].dtype
         if dtype not in _NAMES:
             raise ValueError(f"base: {name} is stored as {dtype}, which cannot be written; convert it first")
@@ -178,7 +255,7 @@ def _write(file: BinaryIO, base: Checkpoint, others: list[tuple[Checkpoint, floa
     text = json.dumps(header | {"__metadata__": {"format": "pt"}}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
-    for name in base:
+    for name in names:
         merged = _merged(name, base, others) if base.floating(name) else base[name]
         file.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fipgeo import merge_checkpoints
+from fipgeo import merge_checkpoints, merging
 from fipgeo.__main__ import main
 from fipgeo.merging import Checkpoint
 
@@ -71,6 +72,75 @@ def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": listed | {"more": "a.safetensors"}}))
     with pytest.raises(ValueError, match="the shards lack more, which the index promises"):
         Checkpoint(shards)
+
+
+def sharded(folder: Path, whole: dict[str, Tensor]) -> Path:
+    folder.mkdir()
+    parts = {"a.safetensors": ["0.weight", "steps"], "b.safetensors": ["0.bias", "flags"]}
+    parts["c.safetensors"] = ["scale", "empty"]
+    for file, names in parts.items():
+        save_file({name: whole[name] for name in names}, folder / file)
+    listed = {name: file for file, names in parts.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    return folder
+
+
+def test_an_interrupted_merge_of_shards_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned, out = sharded(tmp_path / "base", tensors(1)), tmp_path / "tuned.safetensors", tmp_path / "out"
+    save_file(tensors(2), tuned)
+    expected = load_file(merge_checkpoints(base, {tuned: 0.5}, tmp_path / "whole.safetensors"))
+    plain, written = merging._merged, []
+
+    def counted(name: str, *rest: Any) -> Tensor:
+        written.append(name)
+        if name == stop:
+            raise KeyboardInterrupt
+        return plain(name, *rest)
+
+    monkeypatch.setattr(merging, "_merged", counted)
+    for stop, names in (("0.bias", ["0.weight", "0.bias"]), ("scale", ["0.bias", "scale"]), ("", ["scale", "empty"])):
+        written.clear()
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                merge_checkpoints(base, {tuned: 0.5}, out)
+            assert not out.exists() and not list((tmp_path / ".out.part").glob(".*"))
+        else:
+            assert merge_checkpoints(base, {tuned: 0.5}, out) == out
+        assert written == names
+    found = Checkpoint(out)
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found.shards() == Checkpoint(base).shards()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "tuned.safetensors", "whole.safetensors"]
+    assert len(list(out.iterdir())) == 4
+
+
+def test_shards_of_other_weights_or_files_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned, out = sharded(tmp_path / "base", tensors(1)), tmp_path / "tuned.safetensors", tmp_path / "out"
+    save_file(tensors(2), tuned)
+    plain = merging._finish
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for weight, seed in ((0.5, 2), (0.25, 2), (0.25, 3)):
+        monkeypatch.setattr(merging, "_finish", stopped)
+        if seed == 3:
+            save_file(tensors(3) | {"more": torch.zeros(0)}, tuned)
+            save_file(tensors(3), tuned)
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoints(base, {tuned: weight}, out)
+    monkeypatch.setattr(merging, "_finish", plain)
+    found = Checkpoint(merge_checkpoints(base, {tuned: 0.25}, out))
+    one, two = tensors(1)["0.weight"], tensors(3)["0.weight"]
+    torch.testing.assert_close(found["0.weight"], 0.75 * one + 0.25 * two)
+    with pytest.raises(FileExistsError, match="is there already"):
+        merge_checkpoints(base, {tuned: 0.5}, out)
+    merge_checkpoints(base, {tuned: 1.0}, out, overwrite=True)
+    torch.testing.assert_close(Checkpoint(out)["0.weight"], two)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds 'notes.txt', which is no part of a checkpoint"):
+        merge_checkpoints(base, {tuned: 0.5}, out, overwrite=True)
+    assert (out / "notes.txt").exists() and not list(tmp_path.glob(".out*"))
 
 
 def test_all_mismatches_are_reported_and_nothing_is_written(tmp_path: Path) -> None:
