@@ -85,7 +85,7 @@ def sparsify(
             but that a point whose outputs on them are not finite is refused.
         budget: Largest drift allowed (see `Method`); None walks to the target whatever it costs.
         corrector: "gauss-newton", "first-order", "layer-local", a `Corrector`, or "auto": Gauss-Newton for small models
-            without BatchNorm, first-order otherwise.
+            without BatchNorm or recurrent layers, first-order otherwise.
         score: What decides which weights become zero: "metric", "lamp", "local", "obs", "magnitude", a `Score`, or
             "auto": the metric with Gauss-Newton, lamp with any other corrector (see the docs, Paths).
         max_steps: Accepted steps at most.
@@ -270,10 +270,12 @@ def _corrector(corrector: str | Corrector, field: MetricField) -> Corrector:
     if isinstance(corrector, Corrector):
         return corrector
     if corrector == "auto":
+        model = field.map.module
         outputs = field.map(field.map.point(), field.function.batches.first())
         width = sum(f[0].numel() for f in outputs)
         rows = max(width, 1024)  # a step takes at least one batch
-        small = rows * field.space.dim * 4 <= MAX_BYTES and not field.map.normalisers
+        recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())  # whose rows have no fast way
+        small = rows * field.space.dim * 4 <= MAX_BYTES and not field.map.normalisers and not recurrent
         corrector = "gauss-newton" if small else "first-order"
     kinds = {"gauss-newton": GaussNewton(), "first-order": FirstOrder(), "layer-local": LayerLocal()}
     if corrector not in kinds:

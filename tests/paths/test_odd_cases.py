@@ -14,7 +14,7 @@ from fipgeo import NewTask, OutputMap, PathPoint, Sparsity, adapt, as_batches, m
 from fipgeo.paths import Verdict
 from fipgeo.paths.objectives import weight_mask
 
-from .toys import FIRST_ORDER, draw, inputs, kept_of, labels, mlp, sparse_path
+from .toys import FIRST_ORDER, draw, filled, inputs, kept_of, labels, mlp, sparse_path
 
 
 class Tagger(nn.Module):
@@ -182,3 +182,17 @@ def test_lists_are_joined_for_minibatches() -> None:
 def test_new_task_prints_its_numbers_only() -> None:
     objective = NewTask(as_batches([(inputs(0, 4), labels(0, 4))]), cross_entropy)
     assert "batches" not in repr(objective).replace("num_batches", "") and "lr=0.05" in repr(objective)
+
+
+def test_recurrent_networks_are_corrected_first_order() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(5, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0][:, -1])
+
+    net, x = filled(Tagger(), 0), draw(1, 24, 3, 5)
+    path = sparsify(net, x, 0.3)
+    assert path.outcome == "reached" and "FirstOrder" in path.settings["method"]
