@@ -4,6 +4,7 @@ from fipgeo.atlas.composition import Composition
 from fipgeo.atlas.kinds import Isotropic, Kind, Partitions, PerBlock, PerLayer, partition
 from fipgeo.atlas.losses import Loss, square
 from fipgeo.atlas.recipes import dare, elect, lines, ties, trim
+from fipgeo.atlas.self_training import pseudo_labels, self_train_, trusted
 from fipgeo.atlas.solve import Fit, Goal, fit_
 from fipgeo.atlas.spectral import directions, isotropise, whiten
 from fipgeo.atlas.uses import choose_vectors, cosines, disentanglement_error, forget_
@@ -29,8 +30,11 @@ __all__ = [
     "isotropise",
     "lines",
     "partition",
+    "pseudo_labels",
+    "self_train_",
     "square",
     "ties",
     "trim",
+    "trusted",
     "whiten",
 ]

@@ -38,8 +38,8 @@ def plot_profile(
     Examples:
         >>> from matplotlib.figure import Figure
         >>> ax = plot_profile({"arc length": [0.0, 1.0], "speed": [1.0, 1.0]}, ax=Figure().subplots())
-        >>> ax.get_xlabel(), [line.get_label() for line in ax.lines]
-        ('arc length', ['speed'])
+        >>> ax.get_xlabel(), ax.get_ylabel(), [line.get_label() for line in ax.lines]
+        ('arc length', 'speed', ['speed'])
     """
     profile = record.profile() if isinstance(record, ProfileRecord) else record
     if not hasattr(profile, "items"):
@@ -53,6 +53,7 @@ def plot_profile(
     for name, values in series:
         title = name if label is None else f"{label}: {name}"
         ax.plot(x, values, **series_style(ax, _SERIES, kwargs, {"markersize": 3, "label": title}))
-    label_axes(ax, x_name, None)
+    names = [name for name, _ in series]
+    label_axes(ax, x_name, next((n for n in names if all(m.startswith(n) for m in names)), None))  # speed, speed of ...
     refresh_legend(ax)
     return ax
