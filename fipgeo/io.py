@@ -154,6 +154,11 @@ class TensorFile(Mapping[str, Tensor]):
         with _reading(self.path) as file:
             return file.get_tensor(name).clone()
 
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Copy a tensor from the file into another of its shape, in that one's dtype, without a copy in between."""
+        with _reading(self.path) as file:
+            out.copy_(file.get_tensor(name))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

@@ -88,10 +88,12 @@ class Deferred:
     Attributes:
         shape: Of the tensor.
         make: What reads or computes it.
+        fill: What writes it into a tensor that is given, where that takes less memory.
     """
 
     shape: torch.Size
     make: Callable[[], Tensor]
+    fill: Callable[[Tensor], object] | None = None
 
 
 Entry = Tensor | Factors | Deferred
@@ -102,6 +104,14 @@ def value(entry: Entry) -> Tensor:
     if isinstance(entry, Tensor):
         return entry
     return entry.dense() if isinstance(entry, Factors) else entry.make()
+
+
+def write(entry: Entry, out: Tensor) -> None:
+    """Write the tensor that an entry stands for into another, in that one's dtype."""
+    if isinstance(entry, Deferred) and entry.fill is not None:
+        entry.fill(out)
+    else:
+        out.copy_(value(entry))
 
 
 def mapped(entry: Entry, function: Callable[[Tensor], Tensor]) -> Entry:

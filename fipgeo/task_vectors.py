@@ -320,7 +320,8 @@ class TaskVector:
                 pair = tensors[f"{name}{_LEFT}"], tensors[f"{name}{_RIGHT}"]
                 entries[name] = Factors(*pair, torch.Size(shapes[name]))
             elif isinstance(tensors, TensorFile):
-                entries[name] = Deferred(tensors.shapes[name], partial(tensors.__getitem__, name))
+                make, fill = partial(tensors.__getitem__, name), partial(tensors.read_into, name)
+                entries[name] = Deferred(tensors.shapes[name], make, fill)
             else:
                 entries[name] = tensors[name]
         return cls(gathered(entries), frozenset(meta["buffers"]), meta["skipped"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from fipgeo.lazy import Entry, Factors, value
+from fipgeo.lazy import Entry, Factors, value, write
 
 _PIECE = 2**17
 """Stored numbers that are widened at a time where storage is narrower than the sums."""
@@ -124,7 +124,7 @@ class StreamedBlock(Block):
         """The vectors `[K, n, m]`, made anew."""
         out = torch.empty(len(self.entries), *self.shape, dtype=self.dtype, device=self._here.device)
         for row, entry in zip(out, self.entries, strict=True):
-            row.copy_(value(entry))
+            write(entry, row)
         return self._parted(out)
 
 
