@@ -2,6 +2,7 @@
 
     python -m benchmarks.atlas                                  all that is not on record yet
     python -m benchmarks.atlas --cells compose step             what composing eight vectors costs
+    python -m benchmarks.atlas --cells stream               memory of a step over vectors that stay in files (Linux)
     python -m benchmarks.atlas --cells few --tasks mnist --shots 1 4 16
     python -m benchmarks.atlas --cells add
     python -m benchmarks.atlas --plan
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from benchmarks.anonymous import Peak, held_apart
 from benchmarks.banks import FILES, Images, accuracy, bank, head, images, scores, trunk
 from benchmarks.models import build
 from benchmarks.records import RESULTS, read, write
@@ -43,6 +46,8 @@ OURS = "fipgeo"
 SHAPES = {"resnet20": 64, "vit": 8, "mlp": 128}
 """Networks whose composition is timed, and examples of a step."""
 VECTORS = 8
+BANK, DEPTHS = 22, (3, 10)
+"""Vectors that stay in files, and how many units of 8.9 million weights the network has."""
 ADDED = ("mnist", "fashion", "usps", "gtsrb", "eurosat")
 """Tasks of the bank that are learned together; Omniglot has ten times as many classes."""
 
@@ -75,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["compose", "step", "few", "add"]
+    kinds = ["compose", "step", "stream", "few", "add"]
     parser.add_argument("--cells", nargs="+", default=kinds, choices=kinds)
     parser.add_argument("--networks", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tasks", nargs="+", default=list(ADDED), choices=list(FILES))
@@ -94,6 +99,8 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[], lis
         for kind, run in (("compose", composing), ("step", stepping)):
             if kind in args.cells:
                 yield f"{kind}/{name}", 0, lambda run=run, name=name: run(name)
+    for units in DEPTHS if "stream" in args.cells else ():
+        yield f"stream/{units} units", 0, lambda units=units: streaming(units)
     for seed in args.seeds:
         for count in args.shots if "few" in args.cells else ():
             for task in args.tasks:
@@ -161,6 +168,43 @@ def stepping(name: str) -> list[Record]:
         model(x).logsumexp(1).sum().backward()
 
     return ratios(timed(ours=ours, other=plain), "fixed weights")
+
+
+def streaming(units: int) -> list[Record]:
+    """Memory of a step over vectors that stay in float16 files, beside one with the composed weights as they are."""
+    held_apart()
+    layers = [(768, 2304), (2304, 768), (768, 768), (768, 3072), (3072, 768)] * units
+    base = nn.Sequential(*(part for size in layers for part in (nn.Linear(*size), nn.ReLU())))
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.safetensors" for i in range(BANK)]
+        for i, file in enumerate(files):
+            draws = torch.Generator().manual_seed(i)
+            TaskVector(
+                {n: (1e-3 * torch.randn(p.shape, generator=draws)).half() for n, p in base.named_parameters()}
+            ).save(file)
+        model, x = (
+            Composition(base, [TaskVector.load(file, stream=True) for file in files], start=0.01),
+            torch.ones(8, 768),
+        )
+        weights = sum(p.numel() for p in base.parameters())
+        largest = max(p.numel() for p in base.parameters())
+        del base
+        with Peak() as ours:
+            model(x).logsumexp(1).sum().backward()
+        fixed = {n: t.detach().requires_grad_() for n, t in model.weights().items()}
+        with Peak() as plain:
+            functional_call(model.module, fixed, (x,)).logsumexp(1).sum().backward()
+    sizes = {"files": 2 * BANK * weights, "largest block": 2 * BANK * largest, "step": ours.rise, "peak": ours.top}
+    return [
+        {"method": OURS, "figure": "weights", "value": weights, "unit": "numbers"},
+        *({"method": OURS, "figure": n, "value": round(size / 2**20), "unit": "MiB"} for n, size in sizes.items()),
+        {
+            "method": "fixed weights",
+            "figure": "step",
+            "value": round((4 * weights + plain.rise) / 2**20),  # the weights are there before the step
+            "unit": "MiB",
+        },
+    ]
 
 
 def ratios(times: dict[str, float], other: str) -> list[Record]:

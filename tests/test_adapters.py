@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fipgeo import Composition, TaskVector, load_adapter
-from fipgeo.atlas import PerBlock, fit_
+from fipgeo.atlas import PerBlock, choose_vectors, fit_
 from fipgeo.atlas.blocks import FactoredBlock
 from fipgeo.lazy import Factors, LazyTensors, entries_of
 
@@ -184,5 +184,12 @@ def test_compositions_keep_factors_and_learn_over_them() -> None:
     torch.testing.assert_close(
         half(x), Composition(net, [dense(v) for v in vectors], start=0.1)(x), rtol=0.1, atol=0.05
     )
+    mixed = Composition(net, [vectors[0], dense(vectors[1]), vectors[2]], start=0.1)
+    plain = Composition(net, [dense(vector) for vector in vectors], start=0.1)
+    torch.testing.assert_close(mixed(x), plain(x))
+    torch.testing.assert_close(mixed.operator().to_dense(), plain.operator().to_dense())
+    chosen = choose_vectors(net, vectors, x, 2)
+    assert sum(len(vector.tensors) for vector in chosen) == 4
+    assert all(isinstance(e, Factors) for vector in chosen for e in entries_of(vector.tensors).values())
     zero = TaskVector.from_factors({"0.weight": (torch.zeros(6, 2), draw(0, 2, 5))})
     assert not Composition(net, [zero]).names

@@ -14,6 +14,7 @@ from fipgeo.atlas.expansion import Expander
 from fipgeo.atlas.losses import Loss, as_loss
 from fipgeo.atlas.solve import Expanded, Fit, Goal, fit_, labels_of
 from fipgeo.data import as_batches
+from fipgeo.lazy import entries_of, gathered
 from fipgeo.model import ForwardFn, OutputFn, OutputMap
 from fipgeo.task_vectors import TaskVector
 
@@ -117,7 +118,8 @@ def choose_vectors(
     out = []
     for number, vector in enumerate(vectors):
         names = {label for place, label in enumerate(model.labels) if picks[number, place]}
-        out.append(TaskVector({name: t for name, t in vector.parameters.items() if name in names}))
+        kept = {name: entry for name, entry in entries_of(vector.parameters).items() if name in names}
+        out.append(TaskVector(gathered(kept)))
     return out
 
 
