@@ -173,14 +173,19 @@ class FactoredBlock(Block):
 
 
 def block_of(
-    entries: Sequence[Entry], dtype: torch.dtype | None, device: torch.device, order: Tensor | None, parts: int
+    entries: Sequence[Entry],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    order: Tensor | None,
+    parts: int,
+    stream: bool = False,
 ) -> Block:
-    """The block for n vectors: in memory, as factors, or streamed where one of them is not in memory."""
+    """The block for n vectors: in memory, as factors, or streamed where asked or where one of them is not in memory."""
     factored = [entry for entry in entries if isinstance(entry, Factors)]
     if len(factored) == len(entries) and parts == 1 and all(factored[0].matches(entry) for entry in factored):
         return FactoredBlock(factored, dtype, device)
     widest = dtype or reduce(torch.promote_types, [value(entry).dtype for entry in entries])
-    if any(not isinstance(entry, Tensor) for entry in entries):
+    if stream or any(not isinstance(entry, Tensor) for entry in entries):
         return StreamedBlock(entries, widest, device, order, parts)
     return Block(torch.stack([value(entry).to(device, widest) for entry in entries]), order, parts)
 

@@ -52,6 +52,8 @@ class Composition(nn.Module):
         dtype: To store the vectors in; None for their own.
         start: The value of all coefficients at the start; 0 is the network itself.
         linear: Linearise the network in its weights at theta_0.
+        stream: Leave all vectors where they are, such as in the memory of the CPU for a network on a GPU, and bring one
+            block at a time to the network whenever it is used.
 
     Attributes:
         coefficients: The parameter c `[n, S]`: n vectors, S columns as `labels` names them.
@@ -80,6 +82,7 @@ class Composition(nn.Module):
         dtype: torch.dtype | None = None,
         start: float = 0.0,
         linear: bool = False,
+        stream: bool = False,
     ) -> None:
         super().__init__()
         self.linear = linear
@@ -107,7 +110,8 @@ class Composition(nn.Module):
             if not rows:
                 continue
             stack, parts = [found[i][name] for i in rows], len(columns[name])
-            self.blocks.append(block_of(stack, dtype, named[name].device, self.kind.order(name, size), parts))
+            place = self.kind.order(name, size)
+            self.blocks.append(block_of(stack, dtype, named[name].device, place, parts, stream))
             self.names.append(name)
             index.append((torch.tensor(rows)[:, None] * shape[1] + columns[name]).flatten())
         self._sizes = [len(part) for part in index]

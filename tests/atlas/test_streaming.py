@@ -40,6 +40,21 @@ def test_streaming_is_bit_for_bit_what_memory_gives(kind: str, stored: torch.dty
     assert not any(t.is_floating_point() and t.numel() for t in streamed.blocks.buffers())
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_vectors_in_memory_are_streamed_without_a_copy_if_asked(dtype: torch.dtype | None) -> None:
+    base, vectors, x = bank("mixed", 6)
+    models = [Composition(base, vectors, dtype=dtype, start=0.3, stream=stream) for stream in (False, True)]
+    for model in models:
+        model(x).square().sum().backward()
+    held, streamed = models
+    assert held.coefficients.grad is not None and streamed.coefficients.grad is not None
+    assert torch.equal(held(x), streamed(x)) and torch.equal(held.coefficients.grad, streamed.coefficients.grad)
+    assert all(isinstance(block, StreamedBlock) for block in streamed.blocks)
+    with torch.no_grad():
+        vectors[0].tensors["mix"].add_(1.0)
+    assert not torch.equal(held(x), streamed(x))  # they are the caller's own
+
+
 def test_one_block_at_a_time_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a block is made, the one before it is gone."""
     base = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
