@@ -49,6 +49,16 @@ def costs(case: str, figure: str) -> list[float]:
     return [round(value, 1) for value in found("tangent", case=case, figure=figure)]
 
 
+def streamed(case: str) -> str:
+    weights, files, block = (found("atlas", case=case, figure=f)[0] for f in ("weights", "files", "largest block"))
+    ours, fixed = (found("atlas", case=case, figure="step", method=m)[0] for m in ("fipgeo", "fixed weights"))
+    return (
+        f"22 vectors of {weights / 1e6:.1f} million weights, {files} MiB of float16 files whose largest block has"
+        f" {block} MiB, a training step took {ours} MiB above the network; with the composed weights held fixed it takes"
+        f" {fixed} MiB"
+    )
+
+
 def sentences() -> list[tuple[str, str]]:
     """Page and sentence."""
     dense = [pruned(network, "0", "dense") for network in (RESNET, LENET)]
@@ -80,6 +90,7 @@ def sentences() -> list[tuple[str, str]]:
             f"a composed ResNet-20 takes {min(forward)} to {max(forward)} times a plain one, {partly} times where only"
             f" the last block and the head are linear; of a small ViT about {slowest} times",
         ),
+        ("docs/api/atlas.md", streamed("stream/10 units")),
         ("docs/api/tangent.md", f"A training step takes {training[0]} and {training[1]} times a plain one"),
     ]
 
