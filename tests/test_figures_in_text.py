@@ -54,8 +54,8 @@ def streamed(case: str) -> str:
     ours, fixed = (found("atlas", case=case, figure="step", method=m)[0] for m in ("fipgeo", "fixed weights"))
     return (
         f"22 vectors of {weights / 1e6:.1f} million weights, {files} MiB of float16 files whose largest block has"
-        f" {block} MiB, a training step took {ours} MiB above the network; with the composed weights held fixed it takes"
-        f" {fixed} MiB"
+        f" {block} MiB, a training step took {ours} MiB above the network; with the composed weights held fixed it"
+        f" takes {fixed} MiB"
     )
 
 
