@@ -167,14 +167,12 @@ def _mapped_back(
     clear = int((values[:k] > floor * values[0]).sum())
     u = vectors[:clear]
     turn = _orthonormalising(u @ dual @ u.T) if clear else None
-    rest = root.adjoint(vectors[clear:].to(root.dtype)) if turn is not None and clear < k else None
-    back = None
-    if turn is not None:
-        c = (turn @ u).to(root.dtype)
-        back = root.adjoint(c)
-    filled = back if rest is None or back is None else _filled_up(back, rest)
-    if back is None or filled is None:
-        spent = num_products + (0 if back is None else k)
+    c = None if turn is None else (turn @ u).to(root.dtype)
+    filled = None if c is None else root.adjoint(c)
+    spent = num_products
+    if filled is not None and clear < k:
+        filled, spent = _filled_up(filled, root.adjoint(vectors[clear:].to(root.dtype))), spent + k
+    if c is None or filled is None:
         back = torch.linalg.qr(root.adjoint(vectors.to(root.dtype)).T).Q.T.contiguous()
         return _record(operator, values, k, back, spent)
     back = filled[:clear]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 
 from fipgeo.plotting._common import GREY, MARKERS, PALETTE, as_numpy, scientific
 from fipgeo.plotting._notes import artists
@@ -75,9 +75,11 @@ def draw_contours(ax: Axes, grid: GridRecord, kwargs: Mapping[str, Any]) -> None
     filled = ax.contourf(x, y, values, **{**style, **kwargs})
     filled.set_gid(FILLED)
     if high > low:
-        lines = ax.contour(x, y, values, levels=filled.levels[1:-1], colors="white", linewidths=0.6, zorder=1.0)
+        lines = ax.contour(
+            x, y, values, levels=np.asarray(filled.levels)[1:-1], colors="white", linewidths=0.6, zorder=1.0
+        )
         lines.set_gid(LINES)
-        halo = [withStroke(linewidth=2.0, foreground="white")]
+        halo: list[AbstractPathEffect] = [withStroke(linewidth=2.0, foreground="white")]
         short = {level: scientific(float(level)) for level in lines.levels}
         names = short if len(set(short.values())) == len(short) else {level: f"{level:.3g}" for level in short}
         for text in ax.clabel(lines, fontsize="x-small", fmt=names, colors="black"):
