@@ -35,8 +35,9 @@ def pruned(network: str, zeros: str, method: str) -> str:
 
 
 def learned(method: str) -> str:
-    old, new = (mean(found("learn", method=method, figure=f"{which}_accuracy")) for which in ("old", "new"))
-    seeds = found("learn", "seed", method=method, figure="old_accuracy")
+    case = "mnist_fashion/kept=50"
+    old, new = (mean(found("learn", case=case, method=method, figure=f"{which}_accuracy")) for which in ("old", "new"))
+    seeds = found("learn", "seed", case=case, method=method, figure="old_accuracy")
     return f"{old:.1f} % and {new:.1f} %" + (f", mean of {len(seeds)} seeds." if len(seeds) > 1 else ".")
 
 
@@ -67,7 +68,7 @@ def sentences() -> list[tuple[str, str]]:
     forward, training = costs(whole, "forward"), [costs(case, "training step")[0] for case in (whole, vit)]
     (partly,), (slowest,) = {*costs(last, "forward")}, {round(v) for v in costs(vit, "forward")}
     passes = found("learn", "passes", method=VIEWS)[0]
-    longer = found("learn", "passes", method="fine-tuning")[0]
+    longer = found("learn", "passes", case="mnist_fashion/kept=50", method="fine-tuning")[0]
     assert passes == found("learn", "passes", method=SKETCH)[0]
     return [
         (
