@@ -256,21 +256,23 @@ class _Walker:
         )
         final = self.objective.landmark(proposal.state)
         won = self.objective.beside(self.kept) if final else ()
+        kept = Joined.here(self.kept, won, proposal.position) if won else self.kept
         corrected = self.method.corrector.correct(
-            Joined.here(self.kept, won, proposal.position) if won else self.kept,
+            kept,
             proposal.position,
             proposal.free,
             state.corrector,
             self.generator,
-            moves=None if won else proposal.moves,
+            moves=proposal.moves if kept is self.kept else None,
             final=final,
         )
+        new_outputs = kept.num_examples - self.kept.num_examples  # taken once, before the correction
         new = replace(
             state,
             position=corrected.position,
             objective=proposal.state,
             corrector=corrected.state,
-            cost=state.cost + proposal.cost + corrected.cost + self.control.num_examples,
+            cost=state.cost + proposal.cost + corrected.cost + self.control.num_examples + new_outputs,
         )
         return new, None if proposal.predicted is None else proposal.predicted / self.control.spread
 

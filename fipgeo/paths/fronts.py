@@ -207,7 +207,7 @@ def adapt(
         forward_fn: (model, batch) -> raw outputs, for old and new batches.
         output_fn: raw outputs -> the tensor or tensors to compare.
         mask: Which positions of the old outputs `[n, T, ..., C]` are compared (see `MetricField`); `loss_fn` masks new
-            ones itself.
+            ones itself, and the correction at the end holds them where new batches have such a mask.
         generator: Source of all randomness; None for a fixed seed.
         progress: Show a bar.
         callback: Called with the numbers of every accepted point; the walk stops if it returns True.

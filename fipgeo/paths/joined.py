@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,15 +20,16 @@ class Joined(Kept):
 
     A correction that knows the old outputs alone takes back what was learned where both are felt by the same weights.
     With both as its goal it looks for weights where the old outputs are what they were and the new ones what they are.
-    Random rows come half from the one and half from the other.
+    Random rows come half from the one and half from the other. Both are outputs of one model, so that they have one
+    Jacobian, with the engines of one; `Several` is for functions that have nothing but the weights in common.
 
     Attributes:
         halves: The one and the other.
         position: Where the other one was taken.
     """
 
-    halves: tuple[Kept, Kept] | None = None
-    position: Position | None = None
+    halves: tuple[Kept, Kept] = field(kw_only=True)
+    position: Position = field(kw_only=True)
 
     @classmethod
     def here(cls, kept: Kept, others: Sequence[Any], position: Position) -> Kept:
@@ -65,33 +66,20 @@ class Joined(Kept):
         """The same with hidden outputs beside the outputs, those of the start and those of the position."""
         if taps is None:
             return self
-        one, other = self._pair
-        assert self.position is not None
+        one, other = self.halves
         return Joined.here(one.tapped(taps, weight, width), list(other.batches), self.position)
 
     def draw(self, size: int, generator: torch.Generator) -> Part:
         """A random minibatch of the one or the other."""
-        return self._pair[int(torch.randint(2, (), generator=generator))].draw(size, generator)
+        return self.halves[int(torch.randint(2, (), generator=generator))].draw(size, generator)
 
     def subset(self, max_rows: int, generator: torch.Generator) -> Kept:
         """Random inputs of both, each with half of the rows."""
         if self.num_rows <= max_rows:
             return self
-        one, other = (half.subset(max(max_rows // 2, 1), generator) for half in self._pair)
-        assert self.position is not None
+        one, other = (half.subset(max(max_rows // 2, 1), generator) for half in self.halves)
         return Joined._of(one, other, self.position)
 
     def renormalised(self, position: Position) -> Position:
         """The position with BatchNorm statistics re-estimated on the protected inputs."""
-        return self._pair[0].renormalised(position)
-
-    @property
-    def _pair(self) -> tuple[Kept, Kept]:
-        assert self.halves is not None
-        return self.halves
-
-
-def alike(batch: Any, model_input: Any) -> Any:
-    """A batch of new data in the form of the protected ones: `x` of `(x, y)` where these are bare tensors."""
-    pair = isinstance(batch, tuple | list) and len(batch) == 2
-    return batch[0] if pair and isinstance(model_input, Tensor) else batch
+        return self.halves[0].renormalised(position)

@@ -97,6 +97,26 @@ def test_learning_new_data_does_not_depend_on_padding_of_the_old(data: Any) -> N
     same_path(*paths)
 
 
+def test_new_data_need_no_mask_and_one_that_fails_on_them_fails_at_once() -> None:
+    ids, y, called = sequences(9, 6), labels(3, 6 * LONGEST), []
+
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        return cross_entropy(outputs.flatten(0, 1), batch["y"])
+
+    def forward(net: nn.Module, batch: Any) -> Tensor:
+        return net(batch["ids"], batch.get("mask", torch.ones(len(batch["ids"]), LONGEST)))
+
+    def learned(mask: Any) -> Any:
+        new = [{"ids": ids, "y": y}] * 3
+        told: dict[str, Any] = {"forward_fn": forward, "callback": called.append, "refresh": 1}
+        return adapt(model(), new, loss, keep=ragged(0), mask=mask, **told)
+
+    assert learned("mask").outcome == "reached" and len(called) == 3
+    with pytest.raises(KeyError, match="mask"):
+        learned(lambda batch: batch["mask"] > 0)
+    assert len(called) == 3
+
+
 @pytest.mark.parametrize("score", ["metric", "lamp"])
 def test_a_mask_of_ones_is_no_mask(score: str) -> None:
     full = padded(sequences(1, 20), torch.full((20,), LONGEST), 0)

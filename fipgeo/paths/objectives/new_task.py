@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fipgeo.data import Batches, LoaderBatches, TensorBatches
-from fipgeo.paths.joined import alike
+from fipgeo.paths.joined import Joined
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, weight_mask
 from fipgeo.trees import tensor_leaves
@@ -68,8 +68,11 @@ class NewTask(Objective):
         free = torch.ones_like(theta, dtype=torch.bool)
         if self.hold_zeros:
             free &= (theta != 0) | ~weight_mask(kept.function.map)
-        first = enumerate(self._stream(0, min(self.refresh, self.total)))
-        losses = [self._loss(kept, position, batch, index)[0] for index, batch in first]
+        losses = []
+        for index, batch in enumerate(self._stream(0, min(self.refresh, self.total))):
+            losses.append(self._loss(kept, position, batch, index)[0])
+            if index == 0 and (others := _like_protected([batch], kept)):
+                Joined.here(kept, others, position)  # what the end will need fails here, or not at all
         loss = torch.tensor(sum(losses) / len(losses), dtype=torch.float64)
         return {"seen": torch.tensor(0), "velocity": torch.zeros_like(theta), "free": free, "loss": loss}
 
@@ -114,14 +117,17 @@ class NewTask(Objective):
         return int(state["seen"]) >= self.total
 
     def beside(self, kept: Kept) -> Sequence[Any]:
-        """New inputs, as many as are protected or as there are in an epoch: what was learned is not to be undone."""
+        """New inputs, as many as are protected or as there are in an epoch: what was learned is not to be undone.
+
+        There are none where the mask of the protected outputs is an entry that new batches do not have.
+        """
         batches, count = [], 0
         for batch in self._stream(0, self.num_batches):
-            batches.append(alike(batch, kept.batches.first()))
+            batches.append(batch)
             count += len(tensor_leaves(batch)[0])
             if count >= kept.num_examples:
                 break
-        return batches
+        return _like_protected(batches, kept)
 
     @property
     def total(self) -> int:
@@ -169,6 +175,13 @@ class NewTask(Objective):
             if not loss.requires_grad:
                 raise ValueError("loss_fn: returned a tensor without gradient; compute it from the outputs, undetached")
             return float(loss.detach()), torch.autograd.grad(loss, theta)[0], (3.0 + more) * len(outputs[0])
+
+
+def _like_protected(batches: list[Any], kept: Kept) -> list[Any]:
+    """New batches in the form of the protected ones, x of `(x, y)` where these are bare; none without their mask."""
+    bare, name = isinstance(kept.batches.first(), Tensor), kept.function.mask
+    inputs = [b[0] if bare and isinstance(b, list | tuple) and len(b) == 2 else b for b in batches]
+    return [] if isinstance(name, str) and any(name not in x for x in inputs) else inputs
 
 
 def _target(batch: Any) -> Any:
