@@ -1,4 +1,4 @@
-"""Which weights a sketch on disk is of: names and shapes of tensors, and a fingerprint of both."""
+"""What sketches have in common: the weights they are of, also on disk, by names, shapes and a fingerprint of both."""
 
 from __future__ import annotations
 
@@ -11,9 +11,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from fipgeo.paths.protected import Protected
 from fipgeo.space import WeightSpace
 
 KIND = "sketch"
+
+
+class Remembered(Protected):
+    """A protected function that needs no input any more: a quadratic form about a point of weights.
+
+    Args:
+        space: The weights.
+    """
+
+    affine = True
+
+    def __init__(self, space: WeightSpace) -> None:
+        self._space = space
+
+    @property
+    def space(self) -> WeightSpace:
+        """The weights."""
+        return self._space
+
+    @property
+    def num_examples(self) -> int:
+        """One: the mean over inputs is in the form."""
+        return 1
+
+    @property
+    def cost(self) -> float:
+        """No model evaluation."""
+        return 0.0
 
 
 def described(space: WeightSpace) -> dict[str, Any]:

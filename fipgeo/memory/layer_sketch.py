@@ -21,10 +21,10 @@ from fipgeo.data import Generator
 from fipgeo.field import MetricField
 from fipgeo.io import load_record, save_record
 from fipgeo.linalg import Function, LinearOperator
-from fipgeo.memory.identity import check_space, described, space_from, space_of
+from fipgeo.memory.identity import Remembered, check_space, described, space_from, space_of
 from fipgeo.paths.kept import Kept
 from fipgeo.paths.layers import LayerGram, layer_grams
-from fipgeo.paths.protected import Position, Protected, Solver, Tangent
+from fipgeo.paths.protected import Position, Solver, Tangent
 from fipgeo.space import WeightSpace
 
 
@@ -78,7 +78,7 @@ class Map:
         return out
 
 
-class LayerSketch(Protected):
+class LayerSketch(Remembered):
     """The inputs of all linear maps, by their second moments, as a protected function (see the top of this module).
 
     Weights of nothing linear (scales of normalisation layers, embeddings that are looked up) count with |theta -
@@ -100,10 +100,9 @@ class LayerSketch(Protected):
         True
     """
 
-    affine = True
-
     def __init__(self, space: WeightSpace, maps: tuple[Map, ...], origin: Tensor) -> None:
-        self._space, self.maps, self.origin = space, maps, origin
+        super().__init__(space)
+        self.maps, self.origin = maps, origin
         self.eigen = [(e.clamp(min=0), v) for e, v in (torch.linalg.eigh(m.scaled) for m in maps)]
         self._roots = [_assembled(e.sqrt(), v).to(space.dtype) for e, v in self.eigen]
 
@@ -126,24 +125,9 @@ class LayerSketch(Protected):
         return cls(field.map.space, tuple(map(Map.of, grams.values())), theta)
 
     @property
-    def space(self) -> WeightSpace:
-        """The weights."""
-        return self._space
-
-    @property
-    def num_examples(self) -> int:
-        """One: the mean over inputs is in A."""
-        return 1
-
-    @property
     def num_rows(self) -> int:
         """As many as there are weights, D."""
-        return self._space.dim
-
-    @property
-    def cost(self) -> float:
-        """No model evaluation."""
-        return 0.0
+        return self.space.dim
 
     @property
     def nbytes(self) -> int:
@@ -168,10 +152,10 @@ class LayerSketch(Protected):
         """(W, b) M of every map for a vector `[..., D]` of weights; the others as they are."""
         if v.dim() > 1:
             return torch.stack([self.apply(matrices, part) for part in v])
-        tensors, slices, out = self._space.unravel(v), self._space.slices(), v.clone()
+        tensors, slices, out = self.space.unravel(v), self.space.slices(), v.clone()
         for m, matrix in zip(self.maps, matrices, strict=True):
             rows = m.rows(tensors)
-            for name, part in m.restored(rows @ matrix.to(rows), self._space.shapes).items():
+            for name, part in m.restored(rows @ matrix.to(rows), self.space.shapes).items():
                 out[slices[name]] = part.reshape(-1)
         return out
 
@@ -191,8 +175,8 @@ class LayerSketch(Protected):
             raise ValueError(f"weights: got {list(weights)}, expected two positive numbers")
         first, second = weights
         origin = (first * self.origin + second * other.origin.to(self.origin)) / (first + second)
-        ends = [self._space.unravel(s.origin.double()) for s in (self, other)]
-        maps, tensors = [], self._space.unravel(origin)
+        ends = [self.space.unravel(s.origin.double()) for s in (self, other)]
+        maps, tensors = [], self.space.unravel(origin)
         for one, two in zip(self.maps, other.maps, strict=True):
             a, b = first * one.moments, second * two.moments
             joint = replace(one, moments=a + b)
@@ -201,9 +185,9 @@ class LayerSketch(Protected):
             inverse = _assembled(_inverted(values.clamp(min=0), 0.0), vectors)
             aside = joint.rows(tensors).double()
             centre = aside + (pulled - aside @ joint.moments) @ inverse
-            tensors = tensors | {n: t.to(origin) for n, t in joint.restored(centre, self._space.shapes).items()}
+            tensors = tensors | {n: t.to(origin) for n, t in joint.restored(centre, self.space.shapes).items()}
             maps.append(joint)
-        return LayerSketch(self._space, tuple(maps), self._space.ravel(tensors))
+        return LayerSketch(self.space, tuple(maps), self.space.ravel(tensors))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the sketch to one `.safetensors` file (see `save_record`)."""

@@ -40,10 +40,10 @@ from fipgeo.jacobian import JacobianRoot, inner_products
 from fipgeo.jacobian.rows import RowMaker
 from fipgeo.linalg import Gram, LinearOperator, lanczos
 from fipgeo.linalg.nodes import Dense
-from fipgeo.memory.identity import check_space, described, space_from, space_of
+from fipgeo.memory.identity import Remembered, check_space, described, space_from, space_of
 from fipgeo.memory.streaming import Stream, compressed
 from fipgeo.metrics import Metric
-from fipgeo.paths.protected import Position, Protected, Tangent
+from fipgeo.paths.protected import Position, Tangent
 from fipgeo.space import WeightSpace
 
 METHODS = ("eigen", "stream")
@@ -51,7 +51,7 @@ HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 
 
-class Sketch(Protected):
+class Sketch(Remembered):
     """A compressed metric at a point that stands for the inputs it was made of, as a protected function.
 
     Make one with `Sketch.of`. It is small (`nbytes`), can be saved, merged with the sketches of other tasks and handed
@@ -69,8 +69,6 @@ class Sketch(Protected):
     Raises:
         ValueError: Shapes do not fit the space, or the dtype of the rows is none of the four.
     """
-
-    affine = True
 
     def __init__(
         self,
@@ -93,7 +91,8 @@ class Sketch(Protected):
         offset = rows.new_zeros(len(rows), dtype=torch.float64) if offset is None else offset.double()
         if offset.shape != rows.shape[:1]:
             raise ValueError(f"offset: got shape {list(offset.shape)}, expected [{len(rows)}], one number a row")
-        self._space, self._stored, self._scales = space, rows, None
+        super().__init__(space)
+        self._stored, self._scales = rows, None
         if rows.dtype in HALF:
             self._scales = torch.ones(len(rows), device=rows.device)
         self.origin, self.offset, self.error = origin, offset, float(error)
@@ -183,24 +182,9 @@ class Sketch(Protected):
         )
 
     @property
-    def space(self) -> WeightSpace:
-        """The weights that F is a map of."""
-        return self._space
-
-    @property
-    def num_examples(self) -> int:
-        """One: the mean over inputs is in the rows."""
-        return 1
-
-    @property
     def num_rows(self) -> int:
         """The rank r of the sketch."""
         return len(self._stored)
-
-    @property
-    def cost(self) -> float:
-        """No model evaluation."""
-        return 0.0
 
     @property
     def rows(self) -> Tensor:

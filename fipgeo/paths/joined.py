@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fipgeo.data import ListBatches, TensorBatches
 from fipgeo.paths.kept import Kept, Part, Position, Recomputed, live_entries
