@@ -37,8 +37,9 @@ from benchmarks.baselines import (
 )
 from benchmarks.layerwise import reconstructed
 from benchmarks.records import RESULTS, read
+from fipgeo.paths.correctors import NoCorrection
 from fipgeo.paths.driver import Method, walk
-from fipgeo.paths.objectives.replay import NoCorrection, Replay
+from fipgeo.paths.objectives.replay import Replay
 
 OURS = "fipgeo"
 KD_LOSS = "kl"

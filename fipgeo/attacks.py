@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fipgeo.data import Generator, preserved_rng
+from fipgeo.data import Generator
 from fipgeo.linalg import as_generator
+from fipgeo.model import OutputMap
 
 __all__ = ["Attack", "fgsm", "pgd", "withstands"]
 
@@ -102,10 +103,10 @@ class Attack:
             ValueError: x is no floating tensor of as many channels as mean and std, or a scalar loss comes with
                 restarts.
         """
-        with _still(model):
-            target = model(x).argmax(1) if y is None else y
+        with _still(model) as outputs:
+            target = outputs(x).argmax(1) if y is None else y
             measure = _each if loss_fn is None else loss_fn
-            return self.ascend(lambda at: measure(model(at), target), x, generator)
+            return self.ascend(lambda at: measure(outputs(at), target), x, generator)
 
     def ascend(self, losses: Losses, x: Tensor, generator: Generator = None) -> Tensor:
         """The same for any function of the inputs, which must treat examples apart (see `__call__`)."""
@@ -217,22 +218,25 @@ def withstands(
 
     Examples:
         >>> import torch
-        >>> net, x = torch.nn.Identity(), torch.tensor([[1.0, 0.0], [1.0, 0.9]])
+        >>> net, x = torch.nn.Linear(2, 2), torch.tensor([[1.0, 0.0], [1.0, 0.9]])
+        >>> _ = net.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
         >>> withstands(net, x, torch.tensor([0, 0]), pgd(0.1)).tolist()
         [True, False]
     """
     random = as_generator(generator)
     out = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    with _still(model):
+    with _still(model) as scores:
         for part in torch.arange(len(x), device=x.device).split(batch_size):
-            left = part[_right(model(x[part]), y[part])]
+            left = part[_right(scores(x[part]), y[part])]
             for _ in range(attack.restarts):
-                left = _left(model, x, y, attack, left, random)
+                left = _left(scores, x, y, attack, left, random)
             out[left] = True
     return out
 
 
-def _left(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, left: Tensor, random: torch.Generator) -> Tensor:
+def _left(
+    scores: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, attack: Attack, left: Tensor, random: torch.Generator
+) -> Tensor:
     """Those indices of inputs that one run of an attack does not turn."""
     at = attack.start(*attack.box(x[left]), x[left], random)
     for last in [False] * attack.steps + [True]:
@@ -240,7 +244,7 @@ def _left(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, left: Tensor, 
             break
         with torch.set_grad_enabled(not last):
             at = at.detach().requires_grad_(not last)
-            outputs = model(at)
+            outputs = scores(at)
             stay = _right(outputs.detach(), y[left])
             if last or not bool(stay.any()):
                 return left[stay]
@@ -282,14 +286,9 @@ def _worse(best: Tensor, top: Tensor | None, at: Tensor, loss: Tensor) -> tuple[
 
 
 @contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """Eval mode without a graph; modes and random streams restored."""
-    before = [(m, m.training) for m in model.modules()]
-    with preserved_rng(), torch.inference_mode(False), torch.no_grad():
-        try:
-            for m, _ in before:
-                m.training = False
-            yield
-        finally:
-            for m, mode in before:
-                m.training = mode
+def _still(model: nn.Module) -> Iterator[Callable[[Tensor], Any]]:
+    """The model in eval mode as a function of its inputs, which leaves no trace in it (see `OutputMap`)."""
+    function = OutputMap(model, "*")
+    with function.frozen():
+        weights = function.named(function.point())
+        yield lambda x: function.raw(weights, x)

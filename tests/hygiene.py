@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import sympy  # noqa: F401  (torch imports it late, and it then adds a filter of its own)
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack

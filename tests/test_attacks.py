@@ -121,8 +121,8 @@ def test_draws_come_from_the_generator_alone() -> None:
     assert not torch.equal(pgd(0.3, 2)(model, x, y, generator=random), one)
 
 
-class Raises(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+class Raises(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
         raise RuntimeError("no")
 
 
@@ -134,7 +134,7 @@ def test_nothing_of_the_callers_changes() -> None:
         pgd(0.3, 2)(model, x, y)
         fgsm(0.3)(model, x)
         withstands(model, x, y, pgd(0.3, 2))
-    broken = Raises().train()
+    broken = Raises(5, 2).train()
     with unchanged(broken, x), pytest.raises(RuntimeError, match="no"):
         pgd(0.3)(broken, x)
     assert torch.equal(pgd(0.3, 2)(model, x, y), pgd(0.3, 2)(copy.deepcopy(model).eval(), x, y))

@@ -10,7 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fipgeo import Metric, MetricField, OutputMap, WeightSpace, as_batches, basis, metric
+from fipgeo import (
+    Metric,
+    MetricField,
+    OutputMap,
+    WeightSpace,
+    as_batches,
+    basis,
+    channel_groups,
+    geodesic,
+    grow_head,
+    metric,
+)
+from fipgeo.attacks import fgsm, pgd, withstands
+from fipgeo.between import Plane, project
+from fipgeo.memory import LayerSketch, Sketch, select
 
 from . import oracles
 from .hygiene import unchanged
@@ -30,6 +44,27 @@ def on_metric(use: Callable[[Metric, Tensor], Any], engine: str = "auto") -> Cal
 def pulled(make: Callable[[WeightSpace], Any]) -> Callable[[nn.Module, Any], Any]:
     return lambda module, data: metric(module, data).pullback(make(WeightSpace.of(module))).spectrum(2)
 
+
+def in_one(data: Any) -> Tensor:
+    """The inputs as one tensor."""
+    return data if isinstance(data, Tensor) else data.dataset.tensors[0]
+
+
+def shot(module: nn.Module, data: Any) -> Any:
+    """A short geodesic."""
+    field = MetricField(module, data)
+    return geodesic(field, None, torch.ones(field.space.dim), 0.01, steps=1, method="rk4", damping=1.0)
+
+
+def plane(module: nn.Module) -> Plane:
+    """A plane through the network's weights."""
+    here = WeightSpace.of(module, "*").point(module)
+    one, two = torch.zeros(2, len(here))
+    one[0], two[1] = 1, 1
+    return Plane.through(torch.stack([here, here + one, here + two]))
+
+
+CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
 
 READERS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "space": lambda module, data: WeightSpace.of(module, "*").point(module),
@@ -66,6 +101,19 @@ READERS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "columns": pulled(lambda space: basis.columns(torch.ones(2, space.dim))),
     "blockwise": pulled(lambda space: basis.blockwise(space, torch.ones(1, space.dim))),
     "random": pulled(lambda space: basis.random(space, 3)),
+    "sketch": lambda module, data: Sketch.of(MetricField(module, data), 3),
+    "sketch of layers": lambda module, data: LayerSketch.of(MetricField(module, data)),
+    "select": lambda module, data: select(MetricField(module, data), data, 2, by="leverage"),
+    "geodesic": shot,
+    "grow head": lambda module, data: grow_head(module, 5, name="net.4"),
+    "layer groups": lambda module, data: channel_groups(module, in_one(data)),
+    "fgsm": lambda module, data: fgsm(0.1)(module, in_one(data)),
+    "pgd": lambda module, data: pgd(0.1, 2, restarts=2)(module, in_one(data)),
+    "withstands": lambda module, data: withstands(module, in_one(data), torch.zeros(6).long(), pgd(0.1, 2)),
+    "plane": lambda module, data: plane(module).scan(
+        module, lambda net: net(in_one(data).clone()).sum(), CORNERS, num=2
+    ),
+    "project": lambda module, data: project(module, {"there": plane(module).weights(CORNERS)}),
     "spectral": lambda module, data: (g := metric(module, data)).pullback(basis.spectral(g.spectrum(2))),
 }
 

@@ -101,8 +101,8 @@ class Plane:
         """Measure networks on a rectangle of the plane.
 
         Args:
-            model: A network of the shape of the weights, which are all its parameters; copied. Buffers, such as the
-                statistics of BatchNorm, are this model's everywhere; `measure` may estimate them anew.
+            model: A network of the shape of the weights, which are all its parameters; copied, in eval mode. Buffers,
+                such as the statistics of BatchNorm, are this model's everywhere; `measure` may estimate them anew.
             measure: A network to a number: its loss on some data, or the distance of its outputs from others. Called
                 without gradients.
             around: Coordinates `[n, 2]` that the rectangle encloses.
@@ -120,7 +120,7 @@ class Plane:
             raise ValueError(
                 f"around, num: got {list(around.shape)} and {num}, expected coordinates [n, 2] and at least 2"
             )
-        net = copy.deepcopy(unwrapped(model))
+        net = copy.deepcopy(unwrapped(model)).eval()
         space = WeightSpace.of(net, "*")
         low, high = around.double().amin(0), around.double().amax(0)
         room = margin * float((high - low).max())

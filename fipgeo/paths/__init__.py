@@ -3,7 +3,7 @@
 from fipgeo.paths.certificate import Certificate
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
-from fipgeo.paths.correctors import Correction, Corrector, FirstOrder, GaussNewton, LayerLocal, Mixed
+from fipgeo.paths.correctors import Correction, Corrector, FirstOrder, GaussNewton, LayerLocal, Mixed, NoCorrection
 from fipgeo.paths.driver import Method, walk
 from fipgeo.paths.ensemble import Diversity, PathEnsemble, diversity
 from fipgeo.paths.fronts import SaturationWarning, adapt, sparsify
@@ -13,7 +13,6 @@ from fipgeo.paths.objectives import (
     Columns,
     Groups,
     NewTask,
-    NoCorrection,
     NofM,
     Objective,
     Pattern,

@@ -18,7 +18,7 @@ from fipgeo.field import MetricField
 from fipgeo.model import NotFiniteError
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
-from fipgeo.paths.correctors import Corrector
+from fipgeo.paths.correctors import Corrector, NoCorrection
 from fipgeo.paths.joined import Joined
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives import Objective
@@ -255,7 +255,8 @@ class _Walker:
             self.kept, state.position, state.objective, state.size, self.predictor, self.generator
         )
         final = self.objective.landmark(proposal.state)
-        won = self.objective.beside(self.kept) if final else ()
+        held = final and not isinstance(self.method.corrector, NoCorrection)
+        won = self.objective.beside(self.kept) if held else ()
         kept = Joined.here(self.kept, won, proposal.position) if won else self.kept
         corrected = self.method.corrector.correct(
             kept,

@@ -16,9 +16,10 @@ from fipgeo.linalg import as_generator
 from fipgeo.model import OutputFn
 from fipgeo.outputs import Geometry
 from fipgeo.paths.control import StepControl
+from fipgeo.paths.correctors import NoCorrection
 from fipgeo.paths.driver import Callback, Method, walk
 from fipgeo.paths.fronts import _look
-from fipgeo.paths.objectives import NoCorrection, Robustness
+from fipgeo.paths.objectives import Robustness
 from fipgeo.paths.objectives.new_task import LossFn, count_batches
 from fipgeo.paths.record import PathResult
 from fipgeo.space import Where

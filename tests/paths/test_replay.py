@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fipgeo import MetricField, PathResult, StepControl, walk
 from fipgeo.paths import Kept, Position
+from fipgeo.paths.correctors import NoCorrection
 from fipgeo.paths.driver import Method
-from fipgeo.paths.objectives.replay import NoCorrection, Replay, bhattacharyya
+from fipgeo.paths.objectives.replay import Replay, bhattacharyya
 
 ALWAYS = StepControl(initial=1.0, smallest=1.0, largest=1.0, tolerance=1.0)
 

@@ -74,3 +74,32 @@ def settled(kept: Kept, position: Position) -> tuple[Position, float, float]:
         return position, loss, cost
     now = kept.loss(other)
     return (other, now, 3 * cost) if now < loss else (position, loss, 3 * cost)
+
+
+@dataclass(frozen=True)
+class NoCorrection(Corrector):
+    """Nothing is brought back, for objectives that keep the function by themselves.
+
+    Attributes:
+        statistics: At the end of a path, re-estimate BatchNorm statistics if that alone brings the outputs nearer.
+    """
+
+    statistics: bool = False
+
+    def correct(
+        self,
+        kept: Kept,
+        position: Position,
+        free: Tensor,
+        state: State,
+        generator: torch.Generator,
+        *,
+        moves: Compensation | None = None,
+        final: bool = False,
+    ) -> Correction:
+        """The position as it came, or with other statistics (see `Corrector.correct`)."""
+        del free, generator, moves
+        if not (self.statistics and final and kept.function.map.normalisers):
+            return Correction(position, state, 0.0)
+        better, _, cost = settled(kept, position)
+        return Correction(better, state, cost)

@@ -3,7 +3,7 @@
 from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, weight_mask
 from fipgeo.paths.objectives.new_task import NewTask
 from fipgeo.paths.objectives.patterns import Blocks, Columns, Groups, NofM, Pattern, Rows, Unstructured
-from fipgeo.paths.objectives.replay import NoCorrection, Replay
+from fipgeo.paths.objectives.replay import Replay
 from fipgeo.paths.objectives.robustness import Robustness
 from fipgeo.paths.objectives.scores import (
     SCORES,
@@ -29,7 +29,6 @@ __all__ = [
     "Magnitude",
     "MetricScore",
     "NewTask",
-    "NoCorrection",
     "NofM",
     "Objective",
     "Pattern",

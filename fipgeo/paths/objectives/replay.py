@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from fipgeo.model import OutputMap
-from fipgeo.paths.compensate import Compensation
-from fipgeo.paths.correctors.base import Correction, Corrector, settled
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, weight_mask
 from fipgeo.space import Where
@@ -146,32 +144,3 @@ def bhattacharyya(f: Tensor, f0: Tensor) -> Tensor:
         True
     """
     return -torch.logsumexp((log_softmax(f, -1) + log_softmax(f0, -1)) / 2, -1)
-
-
-@dataclass(frozen=True)
-class NoCorrection(Corrector):
-    """Nothing is brought back, for objectives that keep the function by themselves.
-
-    Attributes:
-        statistics: At the end of a path, re-estimate BatchNorm statistics if that alone brings the outputs nearer.
-    """
-
-    statistics: bool = False
-
-    def correct(
-        self,
-        kept: Kept,
-        position: Position,
-        free: Tensor,
-        state: State,
-        generator: torch.Generator,
-        *,
-        moves: Compensation | None = None,
-        final: bool = False,
-    ) -> Correction:
-        """The position as it came, or with other statistics (see `Corrector.correct`)."""
-        del free, generator, moves
-        if not (self.statistics and final and kept.function.map.normalisers):
-            return Correction(position, state, 0.0)
-        better, _, cost = settled(kept, position)
-        return Correction(better, state, cost)
