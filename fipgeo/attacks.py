@@ -3,8 +3,8 @@ r"""Adversarial examples: inputs within a small box around given ones on which a
     x_0 in the box,   x_{t+1} = P(x_t + a sign grad_x loss(x_t)),   P the nearest point of the box
 
 One step from the input itself is the fast gradient sign method (Goodfellow, Shlens & Szegedy 2015), several from
-a random point are projected gradient descent (Madry et al. 2018). Attack libraries that need no torchvision draw random
-starts from torch's global stream and wrap the model in a class of their own, so these hundred lines are ours.
+a random point are projected gradient descent (Madry et al. 2018). Random starts come from a generator of the caller's,
+and the model is left as it was, its buffers and modes included.
 """
 
 from __future__ import annotations

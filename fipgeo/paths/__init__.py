@@ -6,7 +6,7 @@ from fipgeo.paths.control import StepControl
 from fipgeo.paths.correctors import Correction, Corrector, FirstOrder, GaussNewton, LayerLocal, Mixed, NoCorrection
 from fipgeo.paths.driver import Method, walk
 from fipgeo.paths.ensemble import Diversity, PathEnsemble, diversity
-from fipgeo.paths.fronts import SaturationWarning, adapt, sparsify
+from fipgeo.paths.fronts import adapt, sparsify
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives import (
     Blocks,
@@ -27,6 +27,7 @@ from fipgeo.paths.objectives import (
 from fipgeo.paths.protected import Protected, Several, Tangent
 from fipgeo.paths.record import Leg, PathPoint, PathResult
 from fipgeo.paths.robust import robustify
+from fipgeo.paths.saturation import SaturationWarning
 from fipgeo.paths.verdict import Verdict, changed_upper_bound
 
 __all__ = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,14 +14,16 @@ from fipgeo.field import MetricField
 from fipgeo.jacobian import MAX_BYTES
 from fipgeo.jacobian.embedded import Mask
 from fipgeo.model import ForwardFn, OutputFn
-from fipgeo.outputs import Categorical, Geometry
+from fipgeo.outputs import Geometry
 from fipgeo.paths.control import StepControl
 from fipgeo.paths.correctors import Corrector, FirstOrder, GaussNewton, LayerLocal
 from fipgeo.paths.driver import Callback, Method, walk
 from fipgeo.paths.objectives import Pattern, Score, Sparsity, Unstructured
 from fipgeo.paths.objectives.allocation import Allocation
 from fipgeo.paths.objectives.new_task import LossFn, NewTask, count_batches
+from fipgeo.paths.protected import Protected
 from fipgeo.paths.record import PathResult
+from fipgeo.paths.saturation import check_openness, tempered
 from fipgeo.space import Where
 
 UNSTRUCTURED = Unstructured()
@@ -32,10 +33,6 @@ EXACT = StepControl(initial=0.2, smallest=0.05, largest=0.4, tolerance=0.03)
 
 ROUGH = StepControl(initial=0.2, smallest=0.1, largest=0.25, tolerance=0.1)
 """Step sizes where corrections are cut short and the last one does most of the work."""
-
-
-class SaturationWarning(UserWarning):
-    """The chosen geometry hardly feels the outputs of this model, so it protects little."""
 
 
 def sparsify(
@@ -121,7 +118,7 @@ def sparsify(
     )  # wrong targets are said before the model is looked at
     data = _batches(inputs, batch_size, "inputs")
     field = MetricField(model, data, geometry, params, forward_fn=forward_fn, output_fn=output_fn, mask=mask)
-    _look(field)
+    check_openness(field)
     chosen = _corrector(corrector, field)
     exact = isinstance(chosen, GaussNewton)
     score = ("metric" if exact else "lamp") if score == "auto" else score
@@ -219,6 +216,7 @@ def adapt(
         The path.
 
     Raises:
+        TypeError: `keep` is a sketch: without inputs nothing can be measured (see `fipgeo.optim.FIP`).
         ValueError: The budget is below the first step, the loss is no finite scalar, or bad inputs.
     """
     old = _batches(keep, batch_size, "keep")
@@ -228,8 +226,8 @@ def adapt(
     about: dict[str, Any] = {"hold_zeros": hold_zeros, "num_batches": count_batches(new)}
     objective = NewTask(new, loss_fn, epochs=epochs, lr=lr, momentum=momentum, refresh=refresh, **about)
     if geometry == "auto":
-        field = _tempered(field, new, after)
-    _look(field)
+        field = tempered(field, new, after)
+    check_openness(field)
     method = Method(
         control=StepControl(initial=1.0, smallest=1 / 64, largest=1.0, tolerance=0.1),
         corrector=GaussNewton(steps=0, final_steps=3, max_rows=2048),
@@ -254,6 +252,11 @@ def adapt(
 
 def _batches(data: Any, batch_size: int | None, argument: str) -> Batches:
     """Data as batches; batch_size says how tensors are cut up, and ready-made batches stay as they are."""
+    if isinstance(data, Protected):
+        raise TypeError(
+            f"{argument}: got {type(data).__name__}, which has no inputs to measure on what is lost; pass inputs, or"
+            " train with fipgeo.optim.FIP(model.parameters(), keep), which takes sketches and several protected sets"
+        )
     whole = isinstance(data, Tensor | Mapping) or (isinstance(data, tuple) and all(map(torch.is_tensor, data)))
     return as_batches(data, batch_size if whole else None, argument)
 
@@ -282,40 +285,3 @@ def _corrector(corrector: str | Corrector, field: MetricField) -> Corrector:
         known = ", ".join(map(repr, kinds))
         raise ValueError(f"corrector: got {corrector!r}, expected one of 'auto', {known} or a Corrector")
     return kinds[corrector]
-
-
-SATURATED = 0.05
-"""A geometry that keeps less than this share of its strength at a model's outputs protects little."""
-
-TEMPERATURES = tuple(Categorical(temperature=2.0**k) for k in range(1, 7))
-
-
-def _tempered(field: MetricField, new: Batches, after: PathResult | None) -> MetricField:
-    """The field in the geometry of a path that goes on; else tempered probabilities if the new targets are classes."""
-    if after is not None:
-        known = [g for g in TEMPERATURES if repr(g) == after.settings.get("geometry")]
-        return field.under(known[0]) if known else field
-    batch = new.first()
-    targets = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
-    outputs = field.map.check(field.function.batches.first())
-    classes = isinstance(targets, Tensor) and targets.dtype == torch.long and targets.dim() == 1
-    if not (classes and len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1):
-        return field
-    open_enough = (g for g in TEMPERATURES if g.openness(outputs[0]) >= SATURATED)
-    return field.under(next(open_enough, TEMPERATURES[-1]))
-
-
-def _look(field: MetricField) -> None:
-    """Check the model on the first batch; say so when the geometry is nearly blind at its outputs."""
-    batch = field.function.batches.first()
-    outputs = field.map.check(batch)
-    counting = zip(outputs, field.function.masks(outputs, batch), strict=True)
-    counting = (f if m is None else f[m] for f, m in counting)
-    openness = min((field.geometry.openness(f) for f in counting if f.numel()), default=1.0)
-    if openness < SATURATED:
-        warnings.warn(
-            f"geometry {field.geometry} is saturated: its metric keeps {openness:.1%} of its strength at this model's"
-            " confident outputs, so it protects little; use geometry='logits' or Categorical(temperature=4)",
-            SaturationWarning,
-            stacklevel=3,
-        )

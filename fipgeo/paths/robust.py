@@ -18,10 +18,10 @@ from fipgeo.outputs import Geometry
 from fipgeo.paths.control import StepControl
 from fipgeo.paths.correctors import NoCorrection
 from fipgeo.paths.driver import Callback, Method, walk
-from fipgeo.paths.fronts import _look
 from fipgeo.paths.objectives import Robustness
 from fipgeo.paths.objectives.new_task import LossFn, count_batches
 from fipgeo.paths.record import PathResult
+from fipgeo.paths.saturation import check_openness
 from fipgeo.space import Where
 
 
@@ -108,7 +108,7 @@ def robustify(
         raise TypeError(f"inputs: got {type(inputs).__name__}, expected a tensor of clean inputs, which is attacked")
     options: dict[str, Any] = {"geometry": geometry, "params": params, "output_fn": output_fn}
     field = MetricField(model, TensorBatches(inputs, batch_size), **options)
-    _look(field)
+    check_openness(field)
     data = TensorBatches((inputs, _scores(field) if targets is None else targets), batch_size)
     held: Any = held_out
     if isinstance(held_out, int | float):

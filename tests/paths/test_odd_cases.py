@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from fipgeo import NewTask, OutputMap, PathPoint, Sparsity, adapt, as_batches, metric, sparsify
+from fipgeo import MetricField, NewTask, OutputMap, PathPoint, Sparsity, adapt, as_batches, metric, sparsify
+from fipgeo.memory import LayerSketch
 from fipgeo.paths import Verdict
 from fipgeo.paths.objectives import weight_mask
 
@@ -133,6 +134,9 @@ def test_new_data_as_a_mapping_is_cut_up() -> None:
 def test_messages_about_old_inputs_name_keep() -> None:
     with pytest.raises(TypeError, match="keep: got generator"):
         adapt(mlp(0), (inputs(0, 8), labels(0, 8)), cross_entropy, keep=(b for b in [inputs(0, 4)]))
+    sketch = LayerSketch.of(MetricField(net := mlp(0), inputs(0, 8)))
+    with pytest.raises(TypeError, match=r"keep: got LayerSketch, which has no inputs .* fipgeo\.optim\.FIP"):
+        adapt(net, (inputs(0, 8), labels(0, 8)), cross_entropy, keep=sketch)
 
 
 class Tied(nn.Module):
