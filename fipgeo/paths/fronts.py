@@ -196,7 +196,7 @@ def adapt(
             4, 8, ... at which it is not saturated if the new targets are classes, as it leaves more room to learn than
             logits do, and "logits" otherwise; with `after`, that of the path.
         params: Which parameters may move (None: all that require a gradient).
-        hold_zeros: Keep weights that are exactly zero at zero.
+        hold_zeros: Keep weights that are exactly zero at zero; rows of a head that has just grown may move.
         held_out: Old inputs for the verdict, or the share of `keep` to set apart for it.
         max_steps: Accepted steps (of `refresh` minibatches) at most.
         store: "all" or "last": which points keep their weights.

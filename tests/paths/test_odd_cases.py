@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from fipgeo import MetricField, NewTask, OutputMap, PathPoint, Sparsity, adapt, as_batches, metric, sparsify
+from fipgeo import MetricField, NewTask, OutputMap, PathPoint, Sparsity, adapt, as_batches, grow_head, metric, sparsify
 from fipgeo.memory import LayerSketch
 from fipgeo.paths import Verdict
 from fipgeo.paths.objectives import weight_mask
 
-from .toys import FIRST_ORDER, draw, filled, inputs, kept_of, labels, mlp, sparse_path
+from .toys import FIRST_ORDER, draw, filled, inputs, kept_of, labels, mlp, sparse_path, stored
 
 
 class Tagger(nn.Module):
@@ -95,6 +95,17 @@ def test_zero_biases_still_learn_when_zeros_are_held() -> None:
     assert tensors is not None
     assert all(bool(tensors[n].any()) for n in ("0.bias", "2.bias"))
     assert all(bool((tensors[n][model.get_parameter(n) == 0] == 0).all()) for n in ("0.weight", "2.weight"))
+
+
+def test_rows_of_a_grown_head_learn_when_zeros_are_held() -> None:
+    model = grow_head(mlp(0), 5, name="2")
+    with torch.no_grad():
+        model[0].weight[1] = model[2].weight[0, :3] = 0.0  # type: ignore[index]
+    new = (inputs(2, 40), torch.full((40,), 4))
+    path = adapt(model, new, cross_entropy, keep=inputs(4, 30), epochs=2, batch_size=10, hold_zeros=True)
+    tensors = stored(path[-1])
+    assert bool(tensors["2.weight"][4].any()) and not tensors["2.weight"][0, :3].any()
+    assert not tensors["0.weight"][1].any()
 
 
 class Counted(Dataset):

@@ -9,13 +9,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fipgeo.data import Batches, LoaderBatches, TensorBatches
 from fipgeo.paths.joined import Joined
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, weight_mask
-from fipgeo.trees import tensor_leaves
+from fipgeo.trees import FEW, head, tensor_leaves
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -37,7 +37,8 @@ class NewTask(Objective):
         momentum: Heavy-ball coefficient.
         clip: Steps v longer than this are shortened to it, before the learning rate.
         refresh: Minibatches in a step, all under the metric at its start.
-        hold_zeros: Weights (see `weight_mask`) that are exactly zero stay so, after a sparse path.
+        hold_zeros: Weights (see `weight_mask`) that are exactly zero stay so, after a sparse path; but for whole rows
+            of the output layer, which `grow_head` makes for new classes.
         num_batches: Minibatches in an epoch.
     """
 
@@ -67,7 +68,7 @@ class NewTask(Objective):
         theta = position.theta
         free = torch.ones_like(theta, dtype=torch.bool)
         if self.hold_zeros:
-            free &= (theta != 0) | ~weight_mask(kept.function.map)
+            free &= (theta != 0) | ~weight_mask(kept.function.map) | _new_rows(kept, theta)
         losses = []
         for index, batch in enumerate(self._stream(0, min(self.refresh, self.total))):
             losses.append(self._loss(kept, position, batch, index)[0])
@@ -175,6 +176,20 @@ class NewTask(Objective):
             if not loss.requires_grad:
                 raise ValueError("loss_fn: returned a tensor without gradient; compute it from the outputs, undetached")
             return float(loss.detach()), torch.autograd.grad(loss, theta)[0], (3.0 + more) * len(outputs[0])
+
+
+def _new_rows(kept: Kept, theta: Tensor) -> Tensor:
+    """Boolean `[D]`, weights of outputs that are zero with their bias: they are new, nothing was removed there."""
+    model, new = kept.function.map, torch.zeros_like(theta, dtype=torch.bool)
+    widths = {f.shape[-1] for f in model(theta, head(kept.batches.first(), FEW)) if f.dim() > 1}
+    layers = [n for n, m in model.module.named_modules() if isinstance(m, nn.Linear) and m.out_features in widths]
+    tensors, where = model.space.unravel(theta), model.space.slices()
+    if layers and (name := f"{layers[-1]}.weight".removeprefix(".")) in tensors:
+        empty = (tensors[name] == 0).all(1)
+        if (bias := tensors.get(name.removesuffix("weight") + "bias")) is not None:
+            empty &= bias == 0
+        new[where[name]] = empty.repeat_interleave(tensors[name].shape[1])
+    return new
 
 
 def _like_protected(batches: list[Any], kept: Kept) -> list[Any]:
