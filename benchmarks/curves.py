@@ -57,7 +57,6 @@ def page(path: Path = FILE) -> str:
     for (network, inputs), curves in grouped(body["records"]).items():
         axes = drawn(curves, dense_of(body["records"], network))
         title = f"{network}, {inputs:,} unlabelled inputs"
-        axes.set_title(title)
         parts += [f"## {title}\n", figure_svg(axes, f"Test accuracy against sparsity on {title}") + "\n"]
         parts.append(matrix(curves, dense_of(body["records"], network)))
     return "\n".join(parts)
@@ -120,7 +119,7 @@ def dense_of(records: Sequence[Record], network: str) -> float | None:
 
 def drawn(curves: dict[str, Points], dense: float | None) -> Axes:
     """Accuracy against sparsity; the axis is the logarithm of the weights that are left."""
-    axes = Figure(figsize=(8.4, 4.2), layout="constrained").subplots()
+    axes = Figure(figsize=(6.4, 5.0), layout="constrained").subplots()
     levels = sorted({level for points in curves.values() for level in points})
     others = [method for method in curves if method not in STYLES]
     for method, points in curves.items():
@@ -143,7 +142,7 @@ def drawn(curves: dict[str, Points], dense: float | None) -> Axes:
     axes.set_xticks([-math.log(1 - level) for level in levels], [percent(level) for level in levels])
     axes.minorticks_off()
     axes.set(xlabel="exact zeros among the weights of convolutions and linear layers", ylabel="test accuracy, %")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
 

@@ -49,7 +49,7 @@ def read(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["records"] if path.exists() else []
 
 
-def measured(name: str, key: str = "value", folder: Path = RESULTS, **about: Any) -> list[Any]:
+def measured(name: str, key: str = "value", **about: Any) -> list[Any]:
     """What `key` is in the records that fit a description, in the order of the file.
 
     Sentences of the documentation are made from these when it is built.
@@ -57,13 +57,12 @@ def measured(name: str, key: str = "value", folder: Path = RESULTS, **about: Any
     Args:
         name: Of the file.
         key: Which entry of a record.
-        folder: Where the file is.
         about: Entries of the records meant: figure, case, method, ...
 
     Raises:
         LookupError: If no record fits.
     """
-    values = [r[key] for r in read(name, folder) if all(r.get(k) == v for k, v in about.items())]
+    values = [r[key] for r in read(name) if all(r.get(k) == v for k, v in about.items())]
     if not values:
         raise LookupError(f"{name}.json has no record with {about}")
     return values
