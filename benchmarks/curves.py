@@ -57,7 +57,6 @@ def page(path: Path = FILE) -> str:
     for (network, inputs), curves in grouped(body["records"]).items():
         axes = drawn(curves, dense_of(body["records"], network))
         title = f"{network}, {inputs:,} unlabelled inputs"
-        axes.set_title(title)
         parts += [f"## {title}\n", figure_svg(axes, f"Test accuracy against sparsity on {title}") + "\n"]
         parts.append(matrix(curves, dense_of(body["records"], network)))
     return "\n".join(parts)
@@ -68,16 +67,20 @@ def table(path: Path = FILE) -> str:
     if not path.exists():
         return MISSING
     body = json.loads(path.read_text())
-    heads = ["network", "zeros", "inputs", "method", "seed", "test accuracy", "CPU seconds", "evaluations"]
+    shared = {f"{parsed(r['case'])[2]:,} unlabelled inputs, seed {r['seed']}" for r in body["records"]}
+    same = len(shared) == 1  # then a sentence says it, and the table needs no columns
+    heads = ["network", "zeros", *([] if same else ["inputs", "seed"]), "method"]
+    heads += ["test accuracy", "CPU seconds", "evaluations", "changed, held out"]
     rows = []
     for r in sorted(body["records"], key=lambda r: (*parsed(r["case"])[::2], parsed(r["case"])[1], -r["value"])):
         network, level, inputs = parsed(r["case"])
-        row = [network, percent(level), f"{inputs:,}" if level else "", r["method"], str(r["seed"])]
+        row = [network, percent(level), *([] if same else [f"{inputs:,}", str(r["seed"])]), r["method"]]
         row += [f"{r['value']:.2f} %", f"{r['cpu_seconds']:.0f}" if "cpu_seconds" in r else ""]
         row += [f"{r['forwards'] / 1000:,.0f} k" if "forwards" in r else ""]
         row.append(f"{r['changed']:.1%} (at most {r['upper']:.1%})" if "changed" in r else "")
         rows.append(row)
-    return where(body) + "\n" + markdown([*heads, "changed, held out"], rows)
+    note = f"All rows: {shared.pop()}.\n\n" if same else ""
+    return where(body) + "\n" + note + markdown(heads, rows)
 
 
 def where(body: Record) -> str:
@@ -116,10 +119,11 @@ def dense_of(records: Sequence[Record], network: str) -> float | None:
 
 def drawn(curves: dict[str, Points], dense: float | None) -> Axes:
     """Accuracy against sparsity; the axis is the logarithm of the weights that are left."""
-    axes = Figure(figsize=(8.4, 4.2), layout="constrained").subplots()
+    axes = Figure(figsize=(6.4, 5.0), layout="constrained").subplots()
     levels = sorted({level for points in curves.values() for level in points})
+    others = [method for method in curves if method not in STYLES]
     for method, points in curves.items():
-        colour, line, marker = STYLES.get(method, ("0.5", "-", "."))
+        colour, line, marker = STYLES.get(method) or ("0.5", "-", "x+12345"[others.index(method) % 7])
         at = sorted(points)
         means = [sum(points[level]) / len(points[level]) for level in at]
         spread = [
@@ -138,7 +142,7 @@ def drawn(curves: dict[str, Points], dense: float | None) -> Axes:
     axes.set_xticks([-math.log(1 - level) for level in levels], [percent(level) for level in levels])
     axes.minorticks_off()
     axes.set(xlabel="exact zeros among the weights of convolutions and linear layers", ylabel="test accuracy, %")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
 

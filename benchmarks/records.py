@@ -49,6 +49,25 @@ def read(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["records"] if path.exists() else []
 
 
+def measured(name: str, key: str = "value", **about: Any) -> list[Any]:
+    """What `key` is in the records that fit a description, in the order of the file.
+
+    Sentences of the documentation are made from these when it is built.
+
+    Args:
+        name: Of the file.
+        key: Which entry of a record.
+        about: Entries of the records meant: figure, case, method, ...
+
+    Raises:
+        LookupError: If no record fits.
+    """
+    values = [r[key] for r in read(name) if all(r.get(k) == v for k, v in about.items())]
+    if not values:
+        raise LookupError(f"{name}.json has no record with {about}")
+    return values
+
+
 def write(name: str, records: Sequence[dict[str, Any]], folder: Path = RESULTS) -> Path:
     """Merge records into `folder/name.json`; those with the same case, method, figure and seed are replaced."""
     folder.mkdir(parents=True, exist_ok=True)

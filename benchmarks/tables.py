@@ -35,15 +35,18 @@ def table(
     known = list(dict.fromkeys(r["case"] for r in records))
     parts = []
     for case in known if cases is None else [c for c in cases if c in known]:
-        rows = {}
+        rows: dict[str, list[list[float]]] = {}
         for method in dict.fromkeys(r["method"] for r in records if r["case"] == case):
             mine = [r for r in records if (r["case"], r["method"]) == (case, method)]
             columns = [[r["value"] for r in mine if r["figure"] == figure] for figure in figures]
             columns += [_values(mine, key) for key in extra or {}]
-            rows[method] = [str(len({r["seed"] for r in mine})), *map(_cell, columns)], columns[len(figures) - 1]
-        order = sorted(rows, key=lambda m: -sum(rows[m][1]) / max(len(rows[m][1]), 1))
+            rows[method] = [list({r["seed"] for r in mine}), *columns]
+        last = len(figures)
+        order = sorted(rows, key=lambda m: -sum(rows[m][last]) / max(len(rows[m][last]), 1))
+        digits = [_digits([v for row in rows.values() for v in row[place]]) for place in range(len(rows[order[0]]))]
+        cells = [[method, str(len(rows[method][0])), *map(_cell, rows[method][1:], digits[1:])] for method in order]
         heads = ["method", "seeds", *figures.values(), *(extra or {}).values()]
-        parts.append(f"**{case}**\n\n" + markdown(heads, [[method, *rows[method][0]] for method in order]))
+        parts.append(f"**{case}**\n\n" + markdown(heads, cells))
     return "\n".join(parts) or MISSING
 
 
@@ -52,11 +55,16 @@ def _values(records: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     return list({r["seed"]: r[key] for r in records if key in r}.values())
 
 
-def _cell(values: Sequence[float]) -> str:
+def _digits(column: Sequence[float]) -> int:
+    """Decimals of a column: enough for its shares or seconds, the same in all rows."""
+    largest = max(map(abs, column), default=0.0)
+    return 0 if largest >= 1000 else 3 if largest < 1 else 1
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
     if not values:
         return ""
     mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
-    digits = 0 if abs(mean) >= 1000 else 3 if abs(mean) < 1 else 1
     return f"{mean:,.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fipgeo.io import read_meta
 from fipgeo.linalg import Spectrum
 from fipgeo.merging import merge_checkpoints
 from fipgeo.paths import PathResult
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fipgeo", description="Geometry of trained networks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     add_merge(commands)
-    add_figure(commands, "spectrum", draw_spectra, "eigenvalues of saved spectra, one figure for all")
+    add_figure(commands, "spectrum", draw_spectra, "the eigenvalues of saved spectra, one figure for all")
     add_figure(commands, "path", draw_paths, "what saved paths spent and won; a folder stands for the paths in it")
     args = parser.parse_args(arguments)
     try:
@@ -51,7 +52,7 @@ def merge(args: argparse.Namespace) -> None:
 
 def add_figure(commands: argparse._SubParsersAction, name: str, draw: Any, said: str) -> None:
     """`spectrum a.safetensors b.safetensors -o out.png`, `path runs/ -o out.png`."""
-    parser = commands.add_parser(name, help=f"draw the {said}", description=draw.__doc__)
+    parser = commands.add_parser(name, help=f"draw {said}", description=draw.__doc__)
     parser.add_argument(
         "files", nargs="+", type=Path, help="what `.save(file)` wrote; several are drawn over each other"
     )
@@ -74,9 +75,9 @@ def draw_paths(files: Sequence[Path]) -> Any:
     """Draw the paths that files, or folders of them, hold; several are named by their files."""
     from matplotlib import pyplot
 
-    files = [found for file in files for found in (sorted(file.glob("*.safetensors")) if file.is_dir() else [file])]
+    files = [found for file in files for found in (paths_in(file) if file.is_dir() else [file])]
     if not files:
-        raise ValueError("the folder holds no .safetensors file; PathResult.save writes them")
+        raise ValueError("the folder holds no saved path; PathResult.save writes them")
     axes = None
     for file, label in zip(files, labels(files), strict=True):
         axes = PathResult.load(file).plot(axes, label=label)
@@ -84,6 +85,11 @@ def draw_paths(files: Sequence[Path]) -> Any:
     figure = next(iter(axes.values())).figure
     pyplot.close(figure)
     return figure
+
+
+def paths_in(folder: Path) -> list[Path]:
+    """The files of a folder that hold paths; networks or spectra may lie beside them."""
+    return [file for file in sorted(folder.glob("*.safetensors")) if read_meta(file).get("kind") == "path"]
 
 
 def labels(files: Sequence[Path]) -> list[str | None]:

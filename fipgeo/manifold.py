@@ -27,7 +27,7 @@ class OutputManifold(geoopt.Manifold):
 
     | geoopt | here |
     | --- | --- |
-    | `inner`, `norm` | <u, v>_h; `component_inner` too, so that Adam's second moment is one number |
+    | `inner`, `norm` | `<u, v>_h`; `component_inner` too, so that Adam's second moment is one number |
     | `egrad2rgrad` | h^{-1} u, the damped natural gradient |
     | `retr` | c + u, or c + u + a / 2 with the geodesic's acceleration a |
     | `expmap` | the geodesic |
@@ -86,7 +86,7 @@ class OutputManifold(geoopt.Manifold):
         return self._at[1]
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
-        """<u, v>_g + lambda u . v, `[...]`; <u, u> where v is None."""
+        """`<u, v>_g + lambda u . v`, `[...]`; `<u, u>` where v is None."""
         metric = self.metric(x)
         a, b = torch.broadcast_tensors(_plain(u), _plain(u if v is None else v))
         found = (metric.root(a) * metric.root(b)).sum(-1) / metric.num_examples + self.damping * (a * b).sum(-1)

@@ -8,6 +8,7 @@ import torch
 
 import fipgeo
 from fipgeo.__main__ import draw_paths, draw_spectra, main
+from fipgeo.io import save_record
 
 from .plots import legend, lines, texts, y_of
 
@@ -55,6 +56,7 @@ def test_a_path_is_drawn_from_its_file_or_its_folder(path: Path, tmp_path: Path)
     walked = fipgeo.PathResult.load(path)
     assert y_of(lines(axes[2], "fipgeo-path-values")[0]).tolist() == [point.sparsity for point in walked]
     (path.parent / "b.safetensors").write_bytes(path.read_bytes())
+    save_record(path.parent / "c.safetensors", {"w": torch.zeros(1)}, {"kind": "another"})  # is passed over
     assert {"a", "b"} <= set(legend(draw_paths([path.parent]).axes[0])) and not plt.get_fignums()
 
 
@@ -63,7 +65,7 @@ def test_what_cannot_be_drawn_is_said_in_a_line(path: Path, tmp_path: Path, caps
     for call, said in (
         (["spectrum", str(path)], "holds path, not a spectrum"),
         (["path", str(tmp_path / "none.safetensors")], "there is no file"),
-        (["path", str(tmp_path)], "holds no .safetensors file"),
+        (["path", str(tmp_path)], "holds no saved path"),
     ):
         assert main([*call, "-o", str(out)]) == 1 and not out.exists()
         error = capsys.readouterr().err

@@ -1,7 +1,6 @@
 """The documentation is true: its examples run, every public name has a page, and its links lead somewhere."""
 
 import importlib
-import json
 import pkgutil
 import re
 from pathlib import Path
@@ -251,6 +250,14 @@ def test_names_that_pages_refer_to_exist() -> None:
                 found = getattr(found, part)
 
 
+def test_docstrings_have_only_what_the_pages_can_show() -> None:
+    """`Example:` would be no section of theirs, and roles of another format would stand there as they are."""
+    for file in sorted((ROOT / "fipgeo").rglob("*.py")):
+        assert not re.search(
+            r"^ *(?:Example|Note|Return|Raise|Arg):$|:math:`|:class:`", file.read_text(), re.MULTILINE
+        ), file
+
+
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md"]
 
@@ -269,18 +276,3 @@ def test_the_two_commands_stand_once_and_pin_the_same_torch() -> None:
     assert tests.endswith(".venv/bin/python -m pytest -q -n auto")
     pins = [re.findall(r"torch==([\d.]+) -e '\.\[", line) for line in lines]
     assert pins[0] == pins[1] and len(pins[0]) == 1
-
-
-def test_the_readme_table_is_what_the_benchmark_measured() -> None:
-    """Every row: a network, a share of zeros, and the accuracies of the methods that the header names."""
-    records = json.loads((ROOT / "benchmarks/results/sparsify.json").read_text())["records"]
-    measured = {(r["case"], r["method"]): r["value"] for r in records if r["seed"] == 0}
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in README.read_text().split("\n") if "|" in line
-    ]
-    methods = rows[0][2:]
-    assert len(rows) > 4
-    for name, zeros, *cells in rows[2:]:
-        for method, cell in zip(methods, cells, strict=True):
-            case = f"{name.strip('`')}/sparsity={float(zeros.removesuffix(' %')) / 100:g}/inputs=1000"
-            assert cell == (f"{measured[case, method]:.1f}" if (case, method) in measured else "")

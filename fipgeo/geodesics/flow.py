@@ -9,7 +9,7 @@ image has no tangential part, R^T (z''[theta', w] + R w') / N + lambda w' = 0:
 
     w' = -(g + lambda)^{-1} R^T z''[theta', w] / N
 
-A geodesic carries its own velocity, theta' = w. Along it |theta'|_h and every <w, w'>_h are constant, since both are
+A geodesic carries its own velocity, theta' = w. Along it |theta'|_h and every `<w, w'>_h` are constant, since both are
 Euclidean in the image; |theta'|_g alone is not, the damping takes part in the exchange.
 """
 

@@ -143,9 +143,9 @@ class SecondOrder:
 
     | route | a direction costs | needs |
     | --- | --- | --- |
-    | forward | 7 to 12 forward passes | forward mode of forward mode |
-    | reverse | 11 to 27 forward passes, and memory for nested graphs | reverse mode three times over |
-    | difference | 17 to 19 forward passes, half the digits, none at kinks | a first derivative |
+    | forward | least | forward mode of forward mode |
+    | reverse | more, and memory for nested graphs | reverse mode three times over |
+    | difference | several first derivatives, half the digits, none at kinks | a first derivative |
 
     "auto" compares forward and reverse on the first batch, once, at construction. It takes forward where both agree,
     the one that differences of first derivatives support where they do not, reverse where forward mode is missing, and

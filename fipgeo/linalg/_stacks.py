@@ -96,7 +96,7 @@ def _orthonormal_rows(block: Tensor, floor: float) -> tuple[Tensor, Tensor, floa
 def as_generator(generator: torch.Generator | int | None) -> torch.Generator:
     """A generator from a generator (itself), a seed, or None (the fixed seed 0); global state is not touched.
 
-    Example:
+    Examples:
         >>> as_generator(3).initial_seed(), as_generator(None).initial_seed()
         (3, 0)
     """

@@ -26,7 +26,7 @@ def principal_angles(a: Tensor | Spectrum, b: Tensor | Spectrum) -> Tensor:
 
     Source: Bjorck & Golub, Numerical methods for computing angles between linear subspaces (1973).
 
-    Example:
+    Examples:
         >>> tilted = torch.tensor([[1.0, 1e-9, 0.0]], dtype=torch.float64)
         >>> principal_angles(tilted, torch.eye(3, dtype=torch.float64)[:1])
         tensor([1.0000e-09], dtype=torch.float64)
@@ -51,7 +51,7 @@ def overlap(a: Tensor | Spectrum, b: Tensor | Spectrum) -> float:
     Raises:
         ValueError: if sizes differ, rows are not orthonormal or not finite, or a Spectrum has no vectors.
 
-    Example:
+    Examples:
         >>> overlap(torch.eye(4)[:2], torch.eye(4)[1:4])
         0.5
     """

@@ -34,7 +34,7 @@ class Density:
         eps: machine epsilon of the products.
         residuals: `[p, s]` float64, or None: an eigenvalue lies within this distance of each node.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Diagonal, lanczos_density
         >>> found = lanczos_density(Diagonal(torch.tensor([4.0, 1.0, 1.0, 0.0], dtype=torch.float64)), num_probes=4)
         >>> round(found.trace().value, 6), round(found.cumulative(0.5, above=True).value.item(), 6)

@@ -60,7 +60,7 @@ def trace(
     Musco & Woodruff, Hutch++ (2021); Epperly, Tropp & Webber, XTrace (2024); for the error, Epperly & Tropp,
     Efficient error and variance estimation for randomized matrix computations (2024).
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Diagonal
         >>> values = torch.arange(1, 1001, dtype=torch.float64) ** -2.0
         >>> found = trace(Diagonal(values), num_products=50)
@@ -118,7 +118,7 @@ def diagonal(
     Source: Bekas, Kokiopoulou & Saad, An estimator for the diagonal of a matrix (2007); Epperly, Tropp &
     Webber, XTrace (2024), section 5.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Diagonal
         >>> found = diagonal(Diagonal(torch.tensor([1.0, 2.0, 3.0])), num_products=2)
         >>> found.value, found.std_error

@@ -47,7 +47,7 @@ def cholesky(
         ValueError: if A is not square or larger than `max_bytes`, shapes do not fit, or damping is negative.
         TypeError: if dtypes differ.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Diagonal
         >>> cholesky(Diagonal(torch.tensor([1.0, 3.0])), torch.tensor([4.0, 8.0]), damping=1.0).value
         tensor([2., 2.])
@@ -108,7 +108,7 @@ def woodbury(
 
     Source: Woodbury, Inverting modified matrices (1950); Golub & Van Loan, Matrix Computations, 2.1.4.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Dense
         >>> woodbury(Dense(torch.tensor([[1.0, 0.0, 0.0]])), torch.tensor([2.0, 1.0, 0.0]), damping=1.0).value
         tensor([1., 1., 0.])
@@ -148,7 +148,7 @@ class DualFactor:
     Raises:
         ValueError: if `gram` has another shape, is not finite, or scale is negative.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Dense
         >>> factor = DualFactor(Dense(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])))
         >>> factor.solve(torch.tensor([5.0, 2.0, 1.0]), damping=1.0).value

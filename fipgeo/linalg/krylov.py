@@ -56,7 +56,7 @@ def lanczos(
     Source: Wu & Simon, Thick-restart Lanczos method (2000); the residual expansion is that of Davidson
     (1975), which without a preconditioner spans the same spaces.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Diagonal
         >>> found = lanczos(Diagonal(torch.arange(100.0, dtype=torch.float64)), k=3)
         >>> found.values.round(decimals=6), found.ok

@@ -23,7 +23,7 @@ class Dense(LinearOperator):
         ValueError: if `matrix` is not two-dimensional.
         TypeError: if `matrix` is not real floating.
 
-    Example:
+    Examples:
         >>> Dense(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))(torch.tensor([1.0, 1.0]))
         tensor([2., 2.])
     """
@@ -51,7 +51,7 @@ class Diagonal(LinearOperator):
     Raises:
         ValueError: if `entries` is not one-dimensional.
 
-    Example:
+    Examples:
         >>> Diagonal(torch.tensor([1.0, 3.0])).psd
         True
     """
@@ -82,7 +82,7 @@ class Identity(LinearOperator):
         dtype: of vectors; None for the default dtype.
         device: of vectors.
 
-    Example:
+    Examples:
         >>> (3 * Identity(2)).to_dense()
         tensor([[3., 0.],
                 [0., 3.]])
@@ -117,7 +117,7 @@ class Function(LinearOperator):
     Raises:
         ValueError: if there is no adjoint and the operator is not declared symmetric.
 
-    Example:
+    Examples:
         >>> shift = Function(lambda x: x.roll(1, -1), lambda y: y.roll(-1, -1), (3, 3))
         >>> shift(torch.tensor([1.0, 2.0, 3.0]))
         tensor([3., 1., 2.])
@@ -157,7 +157,7 @@ class Gram(LinearOperator):
     Raises:
         ValueError: if `scale` is negative.
 
-    Example:
+    Examples:
         >>> Gram(Dense(torch.tensor([[1.0, 2.0]])), scale=0.5).to_dense()
         tensor([[0.5000, 1.0000],
                 [1.0000, 2.0000]])
@@ -205,7 +205,7 @@ class Stack(LinearOperator):
         ValueError: if there are no blocks, or their columns or devices differ.
         TypeError: if their dtypes differ.
 
-    Example:
+    Examples:
         >>> Stack([Identity(2), Dense(torch.ones(1, 2))])(torch.tensor([1.0, 2.0]))
         tensor([1., 2., 3.])
     """
@@ -245,7 +245,7 @@ def from_scipy(operator: Any, *, symmetric: bool = False, psd: bool = False) -> 
     Raises:
         TypeError: if the operator is not real floating.
 
-    Example:
+    Examples:
         >>> from_scipy(np.array([[0.0, 2.0]]))(torch.tensor([1.0, 3.0], dtype=torch.float64))
         tensor([6.], dtype=torch.float64)
     """

@@ -23,7 +23,7 @@ class LowRank:
         num_products: vectors multiplied by A.
         outcome: `BREAKDOWN`: A is not psd. `NOT_FINITE`: a product was not.
 
-    Example:
+    Examples:
         >>> found = LowRank(torch.tensor([4.0]), torch.tensor([[1.0, 0.0]]))
         >>> found(torch.tensor([[1.0, 2.0]]))
         tensor([[4., 0.]])
@@ -120,7 +120,7 @@ def nystrom(
 
     Source: Frangella, Tropp & Udell, Randomized Nystroem preconditioning (2023), algorithm 2.1.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Diagonal
         >>> found = nystrom(Diagonal(torch.tensor([3.0, 2.0, 0.0, 0.0], dtype=torch.float64)), rank=2)
         >>> found.values.round(decimals=6), found.num_products

@@ -31,7 +31,7 @@ class LinearOperator(ABC):
         ValueError: if a symmetric operator is not square or a size is negative.
         TypeError: if `dtype` is not a real floating dtype.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Dense, Identity
         >>> A = Dense(torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]]))
         >>> A(torch.ones(4, 3)).shape, (A @ torch.ones(3, 4)).shape, A.T.shape

@@ -21,7 +21,7 @@ def adjoint_gap(operator: LinearOperator, *, num_probes: int = 4, generator: Gen
         num_probes: vectors on either side; every pair is compared.
         generator: generator or seed; None for the fixed seed 0.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Function
         >>> adjoint_gap(Function(lambda x: x.roll(1, -1), lambda y: y.roll(1, -1), (3, 3))) > 0.1
         True
@@ -45,7 +45,7 @@ def symmetry_gap(operator: LinearOperator, *, num_probes: int = 4, generator: Ge
     Raises:
         ValueError: if the operator is not square.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Diagonal
         >>> symmetry_gap(Diagonal(torch.tensor([1.0, -2.0, 3.0]))) < 1e-5
         True
@@ -72,7 +72,7 @@ def psd_gap(operator: LinearOperator, *, num_probes: int = 16, generator: Genera
     Raises:
         ValueError: if the operator is not square.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Diagonal
         >>> psd_gap(Diagonal(torch.tensor([1.0, 2.0]))), psd_gap(Diagonal(torch.tensor([1.0, -9.0]))) > 0.5
         (0.0, True)
@@ -97,7 +97,7 @@ def dense_gap(operator: LinearOperator, dense: Tensor) -> float:
     Raises:
         ValueError: if the shapes differ.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Diagonal
         >>> dense_gap(Diagonal(torch.tensor([1.0, 2.0])), torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
         0.0

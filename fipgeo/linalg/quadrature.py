@@ -52,7 +52,7 @@ def lanczos_density(
     Source: Bai, Fahey & Golub, Some large-scale matrix computation problems (1996); Ghorbani, Krishnan &
     Xiao, An investigation into neural net optimization via Hessian eigenvalue density (2019).
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Diagonal
         >>> A = Diagonal(torch.linspace(1, 3, 500, dtype=torch.float64))
         >>> found = lanczos_density(A, num_probes=4, num_steps=20).log_det()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Outcome(enum.Enum):
     """How an iteration ended, best first; the value says what it means and what helps.
 
-    Example:
+    Examples:
         >>> Outcome.CONVERGED.ok, Outcome.STAGNATED.ok
         (True, False)
     """
@@ -49,7 +49,7 @@ class Outcome(enum.Enum):
     def worst(outcomes: "list[Outcome]") -> "Outcome":
         """The most severe of several verdicts; CONVERGED for none.
 
-        Example:
+        Examples:
             >>> Outcome.worst([Outcome.CONVERGED, Outcome.STAGNATED]).name
             'STAGNATED'
         """
@@ -133,7 +133,7 @@ class Spectrum:
         held_out: `<v_i, A' v_i>`, `[k]`, of the same vectors under another operator A', or None.
         captured: share of the trace of A' that lies in the span of the vectors, or None.
 
-    Example:
+    Examples:
         >>> found = Spectrum(torch.tensor([2.0, 2.0, 0.0]), None, None, dim=3)
         >>> found.rank(), round(found.effective_rank(), 3), found.participation_ratio()
         (2, 2.0, 2.0)
@@ -211,7 +211,7 @@ class Spectrum:
         Raises:
             FileExistsError: there is such a file and `overwrite` is False.
 
-        Example:
+        Examples:
             >>> import tempfile
             >>> folder = tempfile.TemporaryDirectory()
             >>> Spectrum(torch.tensor([2.0, 1.0]), None, None, dim=3).save(f"{folder.name}/a.safetensors")
@@ -254,7 +254,7 @@ class Estimate:
         num_products: vectors multiplied by the operator.
         outcome: the verdict; CONVERGED wherever the value is what it says.
 
-    Example:
+    Examples:
         >>> found = Estimate(6.0, 0.5, num_samples=8, num_products=16)
         >>> float(found), found.ok
         (6.0, True)

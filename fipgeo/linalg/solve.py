@@ -64,7 +64,7 @@ def cg(
     Source: Hestenes & Stiefel, Methods of conjugate gradients for solving linear systems (1952); for several
     dampings Frommer & Maass, Fast CG-based methods for Tikhonov-Phillips regularization (1999).
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Dense
         >>> A = Dense(torch.tensor([[3.0, 1.0], [1.0, 2.0]]), psd=True)
         >>> found = cg(A, torch.tensor([[4.0, 3.0], [1.0, 2.0]]))
@@ -229,7 +229,7 @@ def lsmr(
 
     Source: Fong & Saunders, LSMR: an iterative algorithm for sparse least-squares problems (2011).
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Dense
         >>> A = Dense(torch.tensor([[1.0], [1.0]]))
         >>> lsmr(A, torch.tensor([1.0, 3.0])).value

@@ -53,7 +53,7 @@ def root_lanczos(
     Raises:
         ValueError: if k is out of range or `scale` is negative.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Dense
         >>> found = root_lanczos(Dense(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 2.0]])), k=1)
         >>> found.values.round(decimals=3), found.vectors.abs().round(decimals=3)
@@ -132,7 +132,7 @@ def dual_eigh(
     Raises:
         ValueError: if k is out of range or `gram` has another shape.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Dense
         >>> found = dual_eigh(Dense(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 2.0]])), scale=0.5)
         >>> found.values, found.complete
@@ -261,7 +261,7 @@ def dense_eigh(operator: LinearOperator, k: int | None = None, max_bytes: int = 
         ValueError: if A is not square, not declared symmetric or larger than `max_bytes`, or k is out of
             range.
 
-    Example:
+    Examples:
         >>> from fipgeo.linalg import Diagonal
         >>> dense_eigh(Diagonal(torch.tensor([1.0, 3.0, 2.0])), k=2).values
         tensor([3., 2.])

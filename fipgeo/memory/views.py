@@ -20,7 +20,7 @@ def views(inputs: Tensor, transform: Transform, count: int, generator: Generator
     """Inputs followed by transformed copies of them, `count` views of each in all.
 
     An old network says what it thinks of any input, so that what protects its function need not be data that it was
-    given: fifty images in twenty views hold it nearly as well as a thousand images, in the memory of fifty.
+    given: many views of few inputs go further than these inputs alone, in the same memory.
 
     Args:
         inputs: `[n, ...]`, those that are kept.

@@ -51,8 +51,7 @@ def mean_interval(
     Bias-corrected and accelerated percentiles of the means of `num_samples` resamples (BCa; Efron, Better Bootstrap
     Confidence Intervals, JASA 1987). The acceleration of a mean is known in closed form, sum c^3 / (6 (sum c^2)^(3/2))
     with c the values less their mean. Like any bootstrap it covers less often than it says where values are few or
-    some of them carry the whole mean: 92.5 % instead of 95 % for distances on 100 inputs, 94.0 % on 1,000
-    (benchmarks/coverage.py).
+    some of them carry the whole mean (benchmarks/coverage.py measures how often).
 
     Args:
         values: One number an input.

@@ -63,7 +63,7 @@ def plot_density(
     label: str | None = None,
     **kwargs: Any,
 ) -> Axes:
-    r"""Draw how many eigenvalues each decade of :math:`\lambda` holds, on two logarithmic axes.
+    """Draw how many eigenvalues each decade holds, on two logarithmic axes.
 
     The curve is the estimated density, smoothed by a Gaussian of ``width`` decades; the band around it is
     ``num_errors`` standard errors to either side. Eigenvalues that are known one by one (deflated before the
@@ -71,7 +71,7 @@ def plot_density(
     zeros and negative ones among them, have no place on the axis: their number is written at the lower left, or
     in the legend for a labelled density.
 
-    A rule of s steps does not resolve eigenvalues below about :math:`s^{-2}` of the largest one left to it: a
+    A rule of s steps does not resolve eigenvalues below about `1 / s^2` of the largest one left to it: a
     bump down there may stand for values spread over decades. More steps, or more deflated values, tell.
 
     Args:

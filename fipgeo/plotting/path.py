@@ -325,4 +325,5 @@ def _legends(panels: Mapping[str, Axes]) -> None:
             strip = {"ncols": len(handles), "frameon": False, "borderaxespad": 0.1, "columnspacing": 1.2}
             refresh_legend(ax, handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), **strip)
         else:
-            refresh_legend(ax, handles, loc="best", bbox_to_anchor=(0.0, 0.0, 1.0, level))
+            where = "lower right" if panel == "sparsity" else "best"  # zeros rise, and a star is larger than its point
+            refresh_legend(ax, handles, loc=where, bbox_to_anchor=(0.0, 0.0, 1.0, level))

@@ -8,6 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from fipgeo.plotting._common import (
@@ -72,9 +73,9 @@ def plot_spectrum(
     label: str | None = None,
     **kwargs: Any,
 ) -> Axes:
-    r"""Draw eigenvalues against their index, largest first, on a logarithmic axis.
+    """Draw eigenvalues against their index, largest first, on a logarithmic axis.
 
-    Values :math:`\lambda_i \le \mathrm{tol}` (zeros and negative ones among them) have no place of their
+    Values at or below ``tol`` (zeros and negative ones among them) have no place of their
     own on such an axis: they stand as hollow markers on a labelled floor line, at ``tol`` itself, or a
     decade below the smallest positive value when ``tol`` is 0. NaN and infinities stand as grey crosses at
     the bottom. A vertical line marks the numerical rank, the number of values above ``tol``; it is left out
@@ -302,6 +303,8 @@ def _draw_bound(ax: Axes, content: _Content) -> None:
         xy, text = (bound + 0.5, 1.0), f"rank bound {bound}"
     else:
         xy, text = (1.0, 1.0), f"rank bound {bound} →"
+    if any(isinstance(one, Text) and one.get_text() == text for one in artists(ax, _BOUND)):
+        return  # the bound that another spectrum has
     note(
         ax,
         text,

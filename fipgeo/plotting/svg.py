@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 _MAX_DRAWINGS = 4
+_SMALLEST = 0.55  # of its natural width: below, a narrow page scrolls instead of shrinking letters further
 _HASH = r"\b[a-z][0-9a-f]{10}\b"  # clip paths p..., markers m..., hatches h...
 _HASHED_ID = re.compile(rf'id="({_HASH})"')
 
@@ -51,7 +52,9 @@ def figure_svg(ax_or_fig: Axes | Figure | Mapping[str, Axes], alt: str) -> str:
             break
         image, last = _render(figure), image
     data = base64.b64encode(image).decode("ascii")
-    return f'<img alt="{html.escape(alt)}" style="max-width: 100%" src="data:image/svg+xml;base64,{data}">'
+    smallest = round(_SMALLEST * 96 * figure.get_figwidth())
+    style = f"max-width: 100%; min-width: {smallest}px"
+    return f'<img alt="{html.escape(alt)}" style="{style}" src="data:image/svg+xml;base64,{data}">'
 
 
 def _render(figure: Figure) -> bytes:

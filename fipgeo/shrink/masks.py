@@ -63,8 +63,7 @@ def to_prune_(model: nn.Module, where: Where = None) -> nn.Module:
     Raises:
         ValueError: A chosen parameter is in that form already, or is used by several modules under several names.
 
-    Source:
-        https://docs.pytorch.org/tutorials/intermediate/pruning_tutorial.html
+    Source: https://docs.pytorch.org/tutorials/intermediate/pruning_tutorial.html
 
     Examples:
         >>> net = nn.Linear(2, 2)

@@ -17,7 +17,7 @@ from fipgeo.tangent.push import Expansion, called
 class TangentModel(nn.Module):
     """f(x; theta_0) + J(x; theta_0) tau for any module, with tau as the parameters that are trained.
 
-    One forward-mode pass gives the value and J tau together, for about three times the work of a plain forward; parts
+    One forward-mode pass gives the value and J tau together, for three products where a plain forward has one; parts
     of the network before the first trainable tensor carry no tangent and no graph. A loss that is convex in the outputs
     is convex in tau. With tau = 0, the start, outputs equal those of the module in eval mode with torch's plain
     attention kernels.
