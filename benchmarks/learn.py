@@ -50,6 +50,7 @@ TUNING = 0.25
 METHODS: dict[str, Callable[..., Learner]] = {
     "fine-tuning": Learner,
     "FIP replay (published)": PublishedFIP,
+    "FIP replay (published), weight 10": partial(PublishedFIP, weight=10.0),
     "KD replay": Distilled,
     "KD replay, views": partial(Distilled, views=20),
     "DER++ (buffer labels)": DERpp,

@@ -11,8 +11,9 @@ from hypothesis import settings
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)  # tensors here are tiny, and threads that wait for a busy core take three times as long
 
-settings.register_profile("default", deadline=None, max_examples=15)
-settings.register_profile("ci", deadline=None, max_examples=15, derandomize=True, print_blob=True)
+settings.register_profile("default", deadline=None, max_examples=8)
+settings.register_profile("ci", deadline=None, max_examples=8, derandomize=True, print_blob=True)
+settings.register_profile("thorough", deadline=None, max_examples=200)  # pytest --hypothesis-profile=thorough
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 

@@ -54,7 +54,7 @@ class Packer:
         bits = np.concatenate(masks)
         if len(bits):
             self.tensors[f"{head}.bits"] = torch.from_numpy(bits)
-        self.tensors |= {f"{head}.{dtype}": torch.cat(parts) for dtype, parts in values.items()}
+        self.tensors |= {f"{head}.{dtype}": torch.cat(parts).view(_dtype(dtype)) for dtype, parts in values.items()}
         return {"table": self.tables.index(table), "modes": modes}
 
 
@@ -89,34 +89,38 @@ def unpacked(
         if mask is None:
             out[name] = rest.clone().reshape(shape)
             continue
-        flat = torch.zeros(size, dtype=rest.dtype)
+        raw = torch.zeros(size, dtype=_INTEGERS[rest.element_size()])
         if mode == _CHANGED:
-            flat = reference[name].detach().cpu().reshape(-1).clone()
-        flat[mask] = rest
-        out[name] = flat.reshape(shape)
+            raw = _bits(reference[name]).clone()
+        raw[mask] = _bits(rest)
+        out[name] = raw.view(rest.dtype).reshape(shape)
     return out
 
 
-def _pack(tensor: Tensor, reference: Tensor | None) -> tuple[str, Tensor | None, Tensor | None]:
-    """The way to write a tensor, the bits and the values of it."""
+def _bits(tensor: Tensor) -> Tensor:
+    """The entries in a row as integers of their size: indexing half-precision numbers may turn one NaN into another."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    raw = flat.view(_INTEGERS[flat.element_size()])
+    return flat.view(_INTEGERS[flat.element_size()])
+
+
+def _pack(tensor: Tensor, reference: Tensor | None) -> tuple[str, Tensor | None, Tensor | None]:
+    """The way to write a tensor, the bits and the values of it, these as integers."""
+    raw = _bits(tensor)
     like = reference is not None and reference.dtype == tensor.dtype and reference.shape == tensor.shape
     changed = None
     if reference is not None and like:
-        before = reference.detach().cpu().contiguous().reshape(-1)
-        changed = raw != before.view(raw.dtype)
+        changed = raw != _bits(reference)
         if not bool(changed.any()):
             return _SAME, None, None
     if tensor.dtype == torch.bool:
-        return _BOOL, flat, None
+        return _BOOL, raw.bool(), None
     nonzero = raw != 0
-    prices = {_WHOLE: flat.nbytes, _ZERO: len(flat) / 8 + int(nonzero.sum()) * flat.element_size()}
+    prices = {_WHOLE: raw.nbytes, _ZERO: len(raw) / 8 + int(nonzero.sum()) * raw.element_size()}
     if changed is not None:
-        prices[_CHANGED] = len(flat) / 8 + int(changed.sum()) * flat.element_size()
+        prices[_CHANGED] = len(raw) / 8 + int(changed.sum()) * raw.element_size()
     mode = min(prices, key=lambda key: prices[key])
     mask = {_WHOLE: None, _ZERO: nonzero, _CHANGED: changed}[mode]
-    return mode, mask, flat if mask is None else flat[mask]
+    return mode, mask, raw if mask is None else raw[mask]
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -38,6 +38,7 @@ def random_tensor(source: random.Random) -> Tensor:
 
 
 @given(st.integers(0, 10**6))
+@example(4164)  # NaN in bfloat16, of other bits than torch's own
 def test_packed_tensors_come_back_bit_for_bit(seed: int) -> None:
     source = random.Random(seed)
     reference = {f"t{i}": random_tensor(source) for i in range(5)}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fipgeo.jacobian import column_squares
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.layers import LayerGram, layer_grams
 
@@ -64,7 +65,8 @@ class MetricScore(Score):
     """The squared change of the embedded outputs that the metric predicts, |sum_j w_j R_j|^2 / N over a unit.
 
     For a single weight this is w_j^2 g_jj; for several it holds their cross terms. Estimated by random output
-    directions u as the mean of (sum_j w_j (R^T u)_j)^2 (see `metric_diagonal`).
+    directions u as the mean of (sum_j w_j (R^T u)_j)^2 (see `metric_diagonal`); of single weights it is exact where
+    all protected outputs are no more than the estimate would pull back.
 
     Attributes:
         samples: Random output directions.
@@ -80,8 +82,11 @@ class MetricScore(Score):
 
     def weights(self, at: Survivors, generator: torch.Generator) -> Tensor:
         """w_j^2 g_jj."""
+        theta = at.position.theta
+        if self._few(at.kept) and (exact := column_squares(at.kept.tangent(at.position).prepare())) is not None:
+            return theta.square() * exact.to(theta.dtype) / at.kept.num_examples
         source = (at.kept, at.position, self.samples, self.batch_size, generator)
-        return at.position.theta.square() * metric_diagonal(*source, batch_statistics=self.batch_statistics)
+        return theta.square() * metric_diagonal(*source, batch_statistics=self.batch_statistics)
 
     def units(self, at: Survivors, units: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """|sum_j w_j R_j|^2 / N over each unit."""
@@ -93,8 +98,13 @@ class MetricScore(Score):
         return total / seen
 
     def cost(self, at: Survivors) -> float:
-        """A forward and a backward pass (twice its price) for each direction."""
+        """A forward and a backward pass (twice its price) for each direction; the exact way takes no more."""
         return 3.0 * self.samples * min(self.batch_size, at.kept.num_examples)
+
+    def _few(self, kept: Kept) -> bool:
+        """Whether all protected outputs are no more than the examples of all directions."""
+        outputs = kept.num_rows if kept.live is None else sum(int(live.sum()) for live in kept.live)
+        return not self.batch_statistics and outputs <= self.samples * self.batch_size
 
 
 @dataclass(frozen=True)
@@ -229,6 +239,10 @@ def as_score(score: str | Score) -> Score:
     return SCORES[score]
 
 
+PULLED = 2**24
+"""Bytes of pulled-back output directions that are held at once."""
+
+
 def metric_diagonal(
     kept: Kept,
     position: Position,
@@ -257,17 +271,21 @@ def _pulls(
     """R_b^T u `[D]` for random minibatches b and signs u, each with the number of examples in b."""
     function = kept.at(position)
     live_norms = batch_statistics and bool(function.map.normalisers)
-    for _ in range(samples):
-        batch, z0, live = kept.draw(batch_size, generator)
+    together = max(PULLED // max(position.theta.nbytes, 1), 1)  # making a model still takes longer than a small pass
+    for first in range(0, samples, together):
+        pulls = []
         with function.map.frozen(batch_statistics=live_norms), torch.enable_grad():
-            theta = position.theta.detach().clone().requires_grad_()
-            z = function.on(batch)(function.map.named(theta))
-            count = z.numel() if live is None else int(live.sum())
-            signs = torch.randint(2, (count,), generator=generator).to(z) * 2 - 1
-            if live is not None:  # none is drawn for masked entries, so that more padding leaves the others as they are
-                signs = torch.zeros_like(z).masked_scatter(live.reshape(-1), signs)
-            (pull,) = torch.autograd.grad(z, theta, signs)
-        yield pull, len(z0)
+            for _ in range(first, min(first + together, samples)):
+                batch, z0, live = kept.draw(batch_size, generator)
+                theta = position.theta.detach().clone().requires_grad_()
+                z = function.on(batch)(function.map.named(theta))
+                count = z.numel() if live is None else int(live.sum())
+                signs = torch.randint(2, (count,), generator=generator).to(z) * 2 - 1
+                if live is not None:  # none is drawn for masked entries, so that more padding leaves the others alone
+                    signs = torch.zeros_like(z).masked_scatter(live.reshape(-1), signs)
+                (pull,) = torch.autograd.grad(z, theta, signs)
+                pulls.append((pull, len(z0)))
+        yield from pulls
 
 
 def _seed(generator: torch.Generator) -> torch.Generator:
