@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fipgeo.jacobian import column_squares
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.layers import LayerGram, layer_grams
 
@@ -83,8 +82,9 @@ class MetricScore(Score):
     def weights(self, at: Survivors, generator: torch.Generator) -> Tensor:
         """w_j^2 g_jj."""
         theta = at.position.theta
-        if self._few(at.kept) and (exact := column_squares(at.kept.tangent(at.position).prepare())) is not None:
-            return theta.square() * exact.to(theta.dtype) / at.kept.num_examples
+        if self._few(at.kept):
+            rows = at.kept.tangent(at.position).columns(torch.ones_like(theta, dtype=torch.bool))
+            return theta.square() * rows.square().sum(0) / at.kept.num_examples
         source = (at.kept, at.position, self.samples, self.batch_size, generator)
         return theta.square() * metric_diagonal(*source, batch_statistics=self.batch_statistics)
 
@@ -102,9 +102,10 @@ class MetricScore(Score):
         return 3.0 * self.samples * min(self.batch_size, at.kept.num_examples)
 
     def _few(self, kept: Kept) -> bool:
-        """Whether all protected outputs are no more than the examples of all directions."""
+        """Whether all protected outputs are no more than the examples of all directions, and have room as rows."""
         outputs = kept.num_rows if kept.live is None else sum(int(live.sum()) for live in kept.live)
-        return not self.batch_statistics and outputs <= self.samples * self.batch_size
+        few = outputs <= self.samples * self.batch_size and 8 * outputs * kept.space.dim <= ROWS
+        return few and not self.batch_statistics
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,9 @@ def as_score(score: str | Score) -> Score:
 
 PULLED = 2**24
 """Bytes of pulled-back output directions that are held at once."""
+
+ROWS = 2**28
+"""Bytes of rows of R up to which the score of a small problem is exact."""
 
 
 def metric_diagonal(
