@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fipgeo.between.channels import align as aligned
 from fipgeo.between.channels import check_alike
 from fipgeo.between.record import Connection, Way
+from fipgeo.constraints import Constraints
 from fipgeo.data import Batches, Generator, as_batches, as_generator
 from fipgeo.jacobian import EmbeddedOutputs
 from fipgeo.model import ForwardFn, OutputFn, OutputMap, unwrapped
@@ -76,6 +77,7 @@ def connect(
 
     Raises:
         ValueError: The networks differ in shape, or a number is out of range.
+        NotImplementedError: A weight is kept on a manifold (a `geoopt.ManifoldParameter`).
 
     Source: Garipov et al., Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs (2018), for paths of low loss;
     Tan et al., Geodesic Mode Connectivity (2023), for paths of low energy.
@@ -98,6 +100,11 @@ def connect(
         b = aligned(a, b, kept.first(), forward_fn=forward_fn, output_fn=output_fn, generator=source)
     map_ = OutputMap(a, "*", forward_fn=forward_fn, output_fn=output_fn)
     map_.check(kept.first())
+    why, cure = (
+        "would leave their manifolds between the networks",
+        "make them plain torch.nn.Parameters in copies first",
+    )
+    Constraints.of(map_.module, map_.space).refuse("a", why, cure)
     function = EmbeddedOutputs(map_, as_geometry(geometry), kept)
     ends = torch.stack([map_.point(), map_.space.point(unwrapped(b))])
     line = Way(function, ends, (_buffers(a), _buffers(b)))
