@@ -28,7 +28,7 @@ def connect(
     *,
     held_out: Any = 0.2,
     geometry: str | Geometry = "logits",
-    align: bool = False,
+    align: bool | str = False,
     bends: int = 3,
     points: int = 3,
     steps: int = 300,
@@ -60,8 +60,8 @@ def connect(
         keep: Inputs without labels: a tensor, list of batches or re-iterable loader.
         held_out: The share of them that is set apart for the measurement, or other inputs.
         geometry: How outputs are compared (see `MetricField`).
-        align: First put the hidden channels of b in the order of a's (see `align`); the path then ends in that copy,
-            which computes what b does.
+        align: First put the hidden channels of b in the order of a's, by "activations" on the kept inputs (True) or by
+            "weights" (see `align`); the path then ends in that copy, which computes what b does.
         bends: Free corners of the path.
         points: Networks between the ends that are evaluated in a step.
         steps: Minibatches.
@@ -97,7 +97,8 @@ def connect(
     source = as_generator(generator)
     kept, held = _inputs(keep, held_out, batch_size, source)
     if align:
-        b = aligned(a, b, kept.first(), forward_fn=forward_fn, output_fn=output_fn, generator=source)
+        way = "activations" if align is True else align
+        b = aligned(a, b, kept, by=way, forward_fn=forward_fn, output_fn=output_fn, generator=source)
     map_ = OutputMap(a, "*", forward_fn=forward_fn, output_fn=output_fn)
     map_.check(kept.first())
     why, cure = (

@@ -1,6 +1,7 @@
 """Aligned channels and connecting paths: permutations undone, energies by their definition, drift made smaller."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -61,14 +62,14 @@ def shuffled(net: Residual, seed: int) -> Residual:
     return out
 
 
-@given(st.integers(0, 10**6))
-@settings(max_examples=4)
-def test_a_permuted_copy_is_put_in_order_again(seed: int) -> None:
+@given(st.integers(0, 10**6), st.sampled_from(["weights", "activations"]))
+@settings(max_examples=6)
+def test_a_permuted_copy_is_put_in_order_again(seed: int, by: str) -> None:
     drawn(a := Residual(), seed)
     b, x = shuffled(a, seed), torch.randn(3, 1, 4, 4)
     assert torch.allclose(a(x), b(x))
     before = copy.deepcopy(b.state_dict())
-    found = align(a, b, x, generator=seed)
+    found = align(a, b, x, by=by, generator=seed)
     assert all(torch.equal(p, q) for p, q in zip(found.state_dict().values(), a.state_dict().values(), strict=True))
     assert all(torch.equal(p, q) for p, q in zip(b.state_dict().values(), before.values(), strict=True))
 
@@ -83,6 +84,26 @@ def test_an_aligned_network_computes_the_same_and_lies_nearer(seed: int) -> None
     start, far, near = (space.point(net) for net in (a, b, found))
     assert (near - start).norm() < (far - start).norm()
     assert torch.allclose(near.norm(), far.norm())
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=4)
+def test_aligned_activations_vary_together_as_much_as_any_order_allows(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b, x = drawn(Residual(), seed), drawn(Residual(), seed + 1), torch.randn(6, 1, 4, 4, generator=generator)
+    found = align(a, b, [x[:2], x[2:]], by="activations")
+    assert torch.allclose(found(x), b(x))
+
+    def block(net: Any) -> Tensor:
+        stem = F.relu(net.bn(net.stem(x)))
+        rows = F.relu(net.bn1(net.first(stem))).detach().movedim(1, 0).flatten(1)
+        return rows - rows.mean(1, keepdim=True)
+
+    one, two = block(a), block(found)
+    shared = [float((one * two[list(order)]).sum()) for order in itertools.permutations(range(5))]
+    assert shared[0] == pytest.approx(max(shared))
+    with pytest.raises(ValueError, match="'weights' or 'activations'"):
+        align(a, b, x, by="outputs")
 
 
 def mlps(*seeds: int) -> list[nn.Module]:
