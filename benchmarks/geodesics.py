@@ -15,6 +15,8 @@ the two ends. Methods are the straight line of the weights, the same after align
 activations ("aligned line"), and the path between the networks of the latter; all have their BatchNorm statistics
 re-estimated on the same images wherever they are measured.
 
+predictor/*: what steps with the geodesic's acceleration save beside plain ones (see `benchmarks.predictors`).
+
 Records go to benchmarks/results/geodesics.json.
 """
 
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fipgeo
+from benchmarks import predictors
 from benchmarks.records import RESULTS, read, write
 
 PAIRS = {
@@ -80,7 +83,10 @@ def main(arguments: list[str] | None = None) -> None:
             known = {(r["case"], r["seed"]) for r in read("geodesics", args.folder)}
             if (case, seed) in known and not args.again:
                 continue
-            records = speed(case, seed) if case in NETWORKS else connected(case, seed, args)
+            if case in predictors.NETWORKS:
+                records = predictors.measured(case, seed, args.inputs)
+            else:
+                records = speed(case, seed) if case in NETWORKS else connected(case, seed, args)
             write("geodesics", [{"case": case, "seed": seed} | r for r in records], args.folder)
             for r in records:
                 print(f"{case:<22} {r['method']:<16} {r['figure']:<14} {r['value']:.4g} {r['unit']}", flush=True)
@@ -88,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cases = [*NETWORKS, *PAIRS]
+    cases = [*NETWORKS, *PAIRS, *predictors.NETWORKS]
     parser.add_argument("--cases", nargs="+", default=cases, choices=cases)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--kept", type=int, default=1500, help="unlabelled training images that a path is found on")
@@ -97,6 +103,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--inputs", type=int, default=100, help="unlabelled inputs of a predictor's metric")
     parser.add_argument("--again", action="store_true", help="measure what is on record too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")

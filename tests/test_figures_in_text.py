@@ -46,6 +46,17 @@ def held(inputs: int) -> str:
     return f"{100 * found('coverage', case=case, method=method)[0]:.1f} %"
 
 
+def connected(case: str) -> str:
+    methods = ("straight line", "aligned by weights", "aligned line", "path")
+    line, weights, aligned, path = (
+        f"{found('geodesics', case=case, figure='excess_loss', method=method)[0]:.2f}" for method in methods
+    )
+    return (
+        f"by {line} on the straight line, by {weights} after alignment by weights, by {aligned} after alignment by"
+        f" activations, and by {path} on the path between the networks so aligned"
+    )
+
+
 def costs(case: str, figure: str) -> list[float]:
     return [round(value, 1) for value in found("tangent", case=case, figure=figure)]
 
@@ -92,6 +103,7 @@ def sentences() -> list[tuple[str, str]]:
             f" the last block and the head are linear; of a small ViT about {slowest} times",
         ),
         ("docs/api/atlas.md", streamed("stream/10 units")),
+        ("docs/api/geodesics.md", connected("connect/dense-chreg")),
         ("docs/api/tangent.md", f"A training step takes {training[0]} and {training[1]} times a plain one"),
     ]
 

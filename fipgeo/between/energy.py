@@ -147,7 +147,7 @@ def _straighten(
         times = [(i + shift / 2) / (points + 1) for i in range(1, points + 1)]
         with function.map.frozen():
             ends = [_evaluated(way, t, batch) for t in (0, 1)]
-            goals = [between(function.geometry, *ends, t).reshape(-1) for t in (0.0, *times, 1.0)]
+            goals = [between(function.geometry, ends[0], ends[1], t).reshape(-1) for t in (0.0, *times, 1.0)]
         with function.map.frozen(batch_statistics=True), torch.enable_grad():
             moved = replace(way, corners=torch.cat([way.corners[:1], inner, way.corners[-1:]]))
             z = function.on(batch)
