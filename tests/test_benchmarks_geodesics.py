@@ -54,5 +54,7 @@ def test_predictors_drift_less_by_their_order_and_what_they_save_is_counted(monk
     for method, order in orders.items():
         few, many = (mover.walk(method, n, length) for n in (4, 8))
         assert order - 0.4 < torch.tensor(few / many).log2() < order + 0.8
+    rough, plain = (mover.walk(method, 4, length) for method in ("rough chord", "first order"))
+    assert rough < 0.3 * plain and len(mover.counted) == 4 and min(mover.counted) >= 1
     assert predictors.steps_for({1: 0.4, 2: 0.2, 4: 0.1}, 0.1) == (4.0, False)
     assert predictors.steps_for({1: 0.4, 2: 0.2}, 0.1) == (2.0, True)
