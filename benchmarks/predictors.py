@@ -39,7 +39,6 @@ from fipgeo.paths.verdict import spread_of
 NETWORKS = {
     "predictor/lenet5": "sfd_mnist_lenet5",
     "predictor/resnet8": "kd_cifar10_resnet8",
-    "predictor/vit": "gaurav_mnist_vit",
 }
 SETTINGS = {"random, null space": ("random", 0.0), "task, null space": ("task", 0.0), "task, damped": ("task", 1e-3)}
 """Wishes, and dampings as multiples of the mean non-zero eigenvalue of g."""
