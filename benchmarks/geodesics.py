@@ -11,8 +11,11 @@ logarithm to base 2 of the ratio of two errors at the end, one with twice the st
 connect/*: two pretrained ResNet-20 of one shape from the folder that FIPGEO_DATA names, connected without labels on
 training images. `drift` is the largest one along the path on training images that were held out (see
 `fipgeo.Connection`); `excess_loss` is the highest cross entropy on test images along the path, less the larger one of
-the two ends. Methods are the straight line of the weights, the same after alignment of the channels, and the path; all
-have their BatchNorm statistics re-estimated on the same images wherever they are measured.
+the two ends. Methods are the straight line of the weights, the same after alignment of the channels by weights, and by
+activations ("aligned line"), and the path between the networks of the latter; all have their BatchNorm statistics
+re-estimated on the same images wherever they are measured.
+
+predictor/*: what steps with the geodesic's acceleration save beside plain ones (see `benchmarks.predictors`).
 
 Records go to benchmarks/results/geodesics.json.
 """
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fipgeo
+from benchmarks import predictors
 from benchmarks.records import RESULTS, read, write
 
 PAIRS = {
@@ -79,7 +83,10 @@ def main(arguments: list[str] | None = None) -> None:
             known = {(r["case"], r["seed"]) for r in read("geodesics", args.folder)}
             if (case, seed) in known and not args.again:
                 continue
-            records = speed(case, seed) if case in NETWORKS else connected(case, seed, args)
+            if case in predictors.NETWORKS:
+                records = predictors.measured(case, seed, args.inputs)
+            else:
+                records = speed(case, seed) if case in NETWORKS else connected(case, seed, args)
             write("geodesics", [{"case": case, "seed": seed} | r for r in records], args.folder)
             for r in records:
                 print(f"{case:<22} {r['method']:<16} {r['figure']:<14} {r['value']:.4g} {r['unit']}", flush=True)
@@ -87,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cases = [*NETWORKS, *PAIRS]
+    cases = [*NETWORKS, *PAIRS, *predictors.NETWORKS]
     parser.add_argument("--cases", nargs="+", default=cases, choices=cases)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--kept", type=int, default=1500, help="unlabelled training images that a path is found on")
@@ -96,6 +103,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--inputs", type=int, default=100, help="unlabelled inputs of a predictor's metric")
     parser.add_argument("--again", action="store_true", help="measure what is on record too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
@@ -136,20 +144,21 @@ def connected(case: str, seed: int, args: argparse.Namespace) -> list[dict[str, 
     b = pretrained.load(PAIRS[case][1], 1)[0]
     held = pretrained.held_out(PAIRS[case][0], 5000, 5000 + args.held_out)
     x_test, y_test = x_test[: args.test], y_test[: args.test]
-    turned = fipgeo.align(a, b, kept[:2], generator=seed)
+    turned = fipgeo.align(a, b, kept, by="activations", generator=seed)
     begun = time.process_time()
     options: dict[str, Any] = {"generator": seed, "num_measured": MEASURED, "held_out": held}
     plain = fipgeo.connect(a, b, kept, steps=1, **options)
+    weighed = fipgeo.connect(a, b, kept, steps=1, align="weights", **options)
     path = fipgeo.connect(a, turned, kept, steps=args.steps, lr=args.lr, batch_size=args.batch, points=2, **options)
     seconds = round(time.process_time() - begun, 1)
     notes = {"seconds": seconds, "steps": args.steps, "batch": args.batch, "lr": args.lr, "kept": args.kept}
     notes |= {"held_out": args.held_out, "test": args.test}
     records = []
-    drifts = {"straight line": plain.straight_drift, "aligned line": path.straight_drift, "path": path.drift}
-    strange = {"straight line": plain.straight_changed, "aligned line": path.straight_changed, "path": path.changed}
-    for method, values in drifts.items():
-        found = {"drift": (float(values.max()), "spreads"), "changed": (100 * float(strange[method].max()), "%")}
-        way = {"straight line": line(plain), "aligned line": line(path), "path": path}[method]
+    lines = {"straight line": plain, "aligned by weights": weighed, "aligned line": path}
+    ways = {method: (line(p), p.straight_drift, p.straight_changed) for method, p in lines.items()}
+    ways["path"] = (path, path.drift, path.changed)
+    for method, (way, values, strange) in ways.items():
+        found = {"drift": (float(values.max()), "spreads"), "changed": (100 * float(strange.max()), "%")}
         loss, accuracy = along(way, copy.deepcopy(a), x_test, y_test)
         ends = (max(loss[0], loss[-1]), min(accuracy[0], accuracy[-1]))
         found |= {"excess_loss": (max(loss) - ends[0], "nats"), "lost_accuracy": (100 * (ends[1] - min(accuracy)), "%")}

@@ -15,7 +15,7 @@ from fipgeo.atlas import Composition
 from fipgeo.between import Connection, align, connect
 from fipgeo.data import as_batches
 from fipgeo.field import MetricField, metric
-from fipgeo.geodesics import Chart, Frames, Geodesic, geodesic, track
+from fipgeo.geodesics import Chart, Frames, Geodesic, Shot, geodesic, shoot, track
 from fipgeo.heads import grow_head
 from fipgeo.jacobian import Sketched, sketch_error, sketch_trace
 from fipgeo.linalg import Density, LinearOperator, Outcome, Solution, Spectrum, principal_angles
@@ -109,6 +109,7 @@ __all__ = [
     "Robustness",
     "Rows",
     "SaturationWarning",
+    "Shot",
     "Sketched",
     "Solution",
     "Sparsity",
@@ -148,6 +149,7 @@ __all__ = [
     "principal_angles",
     "rescaled_square_loss",
     "robustify",
+    "shoot",
     "shrink",
     "sketch_error",
     "sketch_trace",

@@ -21,7 +21,7 @@ class Geometry(ABC):
     """An embedding of a network's outputs.
 
     Subclasses give `embed`; those whose embedding is curved also give `length`, the length of the geodesic that
-    belongs to a straight chord.
+    belongs to a straight chord, and `between`, its points.
 
     Attributes:
         lost: Dimensions of an embedded output along which it cannot change (1 on a sphere and for centred logits); they
@@ -37,6 +37,10 @@ class Geometry(ABC):
     def length(self, chord: Tensor) -> Tensor:
         """Length of the geodesic between two embedded outputs whose straight distance is `chord`."""
         return chord
+
+    def between(self, start: Tensor, end: Tensor, t: float) -> Tensor:
+        """The point at time t in [0, 1] of the geodesic between embedded outputs `[..., M]`, run at constant speed."""
+        return torch.lerp(start, end, t)
 
     def predict(self, outputs: Tensor) -> Tensor | None:
         """Predicted class or classes, or None where outputs are not predictions (regression, embeddings)."""
@@ -162,6 +166,17 @@ class Categorical(Geometry):
         """Arc on the sphere of radius 2."""
         return 4 * torch.asin((chord / 4).clamp(max=1))
 
+    def between(self, start: Tensor, end: Tensor, t: float) -> Tensor:
+        """The Fisher-Rao geodesic, a great circle; its probabilities are (z / 2)^2.
+
+        Examples:
+            >>> f = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+            >>> z = Categorical().embed(f)
+            >>> (Categorical().between(z[0], z[1], 0.5) / 2).square().round(decimals=6)
+            tensor([0.5000, 0.5000])
+        """
+        return _great_circle(start, end, t, self.length((end - start).norm(dim=-1, keepdim=True)) / 2)
+
     def predict(self, outputs: Tensor) -> Tensor:
         """The most probable class."""
         return outputs.argmax(-1)
@@ -214,6 +229,17 @@ class Cosine(Geometry):
     def length(self, chord: Tensor) -> Tensor:
         """Angle between unit vectors."""
         return 2 * torch.asin((chord / 2).clamp(max=1))
+
+    def between(self, start: Tensor, end: Tensor, t: float) -> Tensor:
+        """The great circle; NaN between opposite directions, which have many."""
+        return _great_circle(start, end, t, self.length((end - start).norm(dim=-1, keepdim=True)))
+
+
+def _great_circle(start: Tensor, end: Tensor, t: float, angle: Tensor) -> Tensor:
+    """(sin((1 - t) a) start + sin(t a) end) / sin a for points of a sphere at an angle a, which may be 0."""
+    whole = torch.sinc(angle / math.pi)
+    first, last = (s * torch.sinc(s * angle / math.pi) / whole for s in (1 - t, t))
+    return first * start + last * end
 
 
 GEOMETRIES: dict[str, Geometry] = {
@@ -281,6 +307,22 @@ def embed(geometry: Geometry, outputs: tuple[Tensor, ...], masks: Masks = None) 
         for f, mask in zip(outputs, masks, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def between(
+    geometry: Geometry, outputs: tuple[Tensor, ...], others: tuple[Tensor, ...], t: float, masks: Masks = None
+) -> Tensor:
+    """The embedded outputs `[n, M]` at time t of the geodesics from outputs to others, laid side by side as by `embed`.
+
+    For a `Categorical` these are the great circles between sqrt(p) and sqrt(q): what an ensemble of two classifiers is
+    in the Fisher-Rao metric. In flat geometries they are straight lines of z.
+    """
+    masks = [None] * len(outputs) if masks is None else masks
+    parts = []
+    for f, g, mask in zip(outputs, others, masks, strict=True):
+        z, w = (geometry.embed(replaced(widened(x), mask)) for x in (f, g))
+        parts.append(positions(geometry.between(z, w, t), mask).reshape(len(f), -1))
+    return torch.cat(parts, -1)
 
 
 def squared_distance(

@@ -19,7 +19,7 @@ LEVELS = [
     {"linalg"},
     {"space", "outputs", "data"},
     {"sources"},
-    {"basis", "merging", "model", "task_vectors"},
+    {"basis", "constraints", "merging", "model", "task_vectors"},
     {"attacks", "jacobian", "shrink", "heads", "adapters"},
     {"metrics"},
     {"field"},

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fipgeo
-from benchmarks import geodesics, records
+from benchmarks import geodesics, predictors, records
 
 
 def test_losses_along_a_path_are_those_of_its_networks() -> None:
@@ -37,3 +37,24 @@ def test_a_case_is_measured_once_and_on_record(tmp_path: Path, monkeypatch: Any,
     for make in geodesics.NETWORKS.values():
         model, shape = make()
         assert model(torch.zeros(2, *shape)).shape == (2, 3)
+
+
+def test_predictors_drift_less_by_their_order_and_what_they_save_is_counted(monkeypatch: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 10))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) / 2)
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(5))
+    monkeypatch.setattr(predictors.pretrained, "load", lambda name, count: (net, x[:count], x, None))
+    mover = predictors.Mover("toy", 6, "random", 0.0, 0)
+    length = mover.length()
+    assert mover.walk("first order", 1, length) == pytest.approx(0.1, rel=1e-3)
+    length /= 2
+    orders = {"first order": 1, "second order": 2, "chord": 2}
+    for method, order in orders.items():
+        few, many = (mover.walk(method, n, length) for n in (4, 8))
+        assert order - 0.4 < torch.tensor(few / many).log2() < order + 0.8
+    rough, plain = (mover.walk(method, 4, length) for method in ("rough chord", "first order"))
+    assert rough < 0.3 * plain and len(mover.counted) == 4 and min(mover.counted) >= 1
+    assert predictors.steps_for({1: 0.4, 2: 0.2, 4: 0.1}, 0.1) == (4.0, False)
+    assert predictors.steps_for({1: 0.4, 2: 0.2}, 0.1) == (2.0, True)

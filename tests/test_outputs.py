@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fipgeo import Bernoulli, Categorical, Cosine, Euclidean, Gaussian, Geometry, Logits
-from fipgeo.outputs import GEOMETRIES, as_geometry, changed_predictions, embed, squared_distance
+from fipgeo.outputs import GEOMETRIES, as_geometry, between, changed_predictions, embed, squared_distance
 
 from . import oracles
 
@@ -61,6 +61,28 @@ def test_distance_is_a_metric_and_exactly_zero_at_equal_outputs(geometry: Geomet
     assert bool((geometry.distance(a, a.clone()) == 0).all())
     assert torch.equal(geometry.distance(a, b), geometry.distance(b, a))
     assert bool((geometry.distance(a, b) <= geometry.distance(a, c) + geometry.distance(c, b) + 1e-12).all())
+
+
+@pytest.mark.parametrize("geometry", KINDS, ids=str)
+@given(seed=SEEDS, t=st.floats(0, 1))
+def test_a_geodesic_has_its_ends_a_constant_speed_and_is_the_same_backwards(
+    geometry: Geometry, seed: int, t: float
+) -> None:
+    f, g = draw(seed, 3, 5, 4, scale=3.0), draw(seed + 1, 3, 5, 4, scale=3.0)
+    z, w = geometry.embed(f), geometry.embed(g)
+    found = between(geometry, (f,), (g,), t).reshape(z.shape)
+    whole = geometry.distance(f, g)
+    for end, share in ((z, t), (w, 1 - t)):
+        assert torch.allclose(geometry.length((found - end).norm(dim=-1)), share * whole, atol=1e-7)
+    assert torch.allclose(found, geometry.between(w, z, 1 - t), atol=1e-12)
+    assert torch.allclose(geometry.between(z, w, 0.0), z) and torch.allclose(geometry.between(z, w, 1.0), w)
+    assert torch.allclose(geometry.between(z, z, t), z)
+    if isinstance(geometry, Categorical):  # the great circle of square roots, whose squares are probabilities
+        p, q = (torch.softmax(x / geometry.temperature, -1) for x in (f, g))
+        angle = torch.arccos((p * q).sqrt().sum(-1, keepdim=True))
+        root = (((1 - t) * angle).sin() * p.sqrt() + (t * angle).sin() * q.sqrt()) / angle.sin()
+        assert torch.allclose((found / 2).square(), root.square(), atol=1e-9)
+        assert torch.allclose((found / 2).square().sum(-1), torch.ones(3, 5))
 
 
 @pytest.mark.parametrize("geometry", KINDS, ids=str)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fipgeo.data import Generator, as_generator
+from fipgeo.data import Batches, Generator, as_batches, as_generator
 from fipgeo.model import ForwardFn, OutputFn, default_forward, unwrapped
 from fipgeo.shrink.cut import Calling, families, look
 
@@ -21,8 +24,9 @@ Places = dict[tuple[str, int], Tensor]
 def align(
     a: nn.Module,
     b: nn.Module,
-    example_batch: Any,
+    inputs: Any,
     *,
+    by: str = "weights",
     forward_fn: ForwardFn | None = None,
     output_fn: OutputFn | None = None,
     max_sweeps: int = 100,
@@ -30,25 +34,31 @@ def align(
 ) -> nn.Module:
     """A copy of b that computes the same function with its hidden channels in the order that is nearest to a.
 
-    Channels are followed through the forward pass as `channel_groups` does, residual streams included. Family after
-    family, in random order, the permutation that maximises the inner product of the weights of a and of the copy is
-    taken (a linear assignment), until none of them changes any more: a local maximum. A family is left alone where the
-    outputs on the batch do not stand a permutation of it.
+    Channels are followed through the forward pass as `channel_groups` does, residual streams included. A family of them
+    is left alone where the outputs do not stand a permutation of it.
+
+    By weights, family after family, in random order, takes the permutation that maximises the inner product of the
+    weights of a and of the copy (a linear assignment), until none of them changes any more: a local maximum. By
+    activations, every family takes the permutation that maximises the sum of the covariances, over inputs and
+    positions, of the channels of a and of b in what convolutions and linear layers read of them, which depends on no
+    other family; those that no such layer reads are matched by weights. It needs data, and is the better one for
+    networks whose weights have scales of no meaning, before a BatchNorm say.
 
     Args:
         a: The network to be near to; not changed.
         b: A network of the same shape; not changed.
-        example_batch: A few inputs, as the models take them.
+        inputs: Inputs as the models take them (see `as_batches`): a few, or about a thousand to match activations.
+        by: "weights" or "activations".
         forward_fn: (model, batch) -> raw outputs.
         output_fn: Raw outputs -> those that count.
         max_sweeps: Most passes over all families.
         generator: Order of the families.
 
     Raises:
-        ValueError: The networks differ in names or shapes of their parameters.
+        ValueError: The networks differ in names or shapes of their parameters, or `by` is unknown.
 
     Source: Ainsworth, Hayase & Srinivasa, Git Re-Basin: Merging Models modulo Permutation Symmetries (2023), weight
-    matching.
+    matching; Li, Yosinski, Clune, Lipson & Hopcroft, Convergent Learning (2016), activations.
 
     Examples:
         >>> a = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
@@ -58,13 +68,21 @@ def align(
         >>> bool((align(a, b, torch.zeros(2, 2))[0].weight == a[0].weight).all())
         True
     """
+    if by not in ("weights", "activations"):
+        raise ValueError(f"by: got {by!r}, expected 'weights' or 'activations'")
     check_alike(a, b)
-    out = copy.deepcopy(unwrapped(b))
-    calling = Calling(example_batch, forward_fn or default_forward, output_fn)
+    out, batches = copy.deepcopy(unwrapped(b)), as_batches(inputs)
+    calling = Calling(batches.first(), forward_fn or default_forward, output_fn)
     found = [places for places in _families(out, calling) if _stands(out, places, calling)]
     mine = {n: p.detach().double() for n, p in unwrapped(a).named_parameters()}
     tensors = _tensors(out)
     source = as_generator(generator)
+    if by == "activations":
+        gains = _covariances(unwrapped(a), out, found, batches, calling)
+        for places, gain in zip(found, gains, strict=True):
+            if gain is not None:
+                _permute(tensors, places, _assigned(gain))
+        found = [places for places, gain in zip(found, gains, strict=True) if gain is None]
     for _ in range(max_sweeps):
         moved = False
         for i in torch.randperm(len(found), generator=source).tolist():
@@ -138,8 +156,6 @@ def _stands(module: nn.Module, places: Places, calling: Calling) -> bool:
 
 def _improve(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor], places: Places) -> bool:
     """The best order of one family with all others as they are; whether it is another than the present one."""
-    from scipy.optimize import linear_sum_assignment
-
     count = len(next(iter(places.values())))
     gain = torch.zeros(count, count, dtype=torch.float64)
     for (name, axis), index in places.items():
@@ -149,9 +165,73 @@ def _improve(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor], places: 
                 for t in (mine[name], tensors[name])
             )
             gain += one @ two.T
-    order = torch.from_numpy(np.asarray(linear_sum_assignment(gain.numpy(), maximize=True)[1]))
+    order = _assigned(gain)
     better = float(gain[torch.arange(count), order].sum() - gain.diagonal().sum())
     if better <= 1e-9 * float(gain.abs().sum()):
         return False
     _permute(tensors, places, order)
     return True
+
+
+def _assigned(gain: Tensor) -> Tensor:
+    """Which column goes to each row so that the sum of the gains is largest."""
+    from scipy.optimize import linear_sum_assignment
+
+    return torch.from_numpy(np.asarray(linear_sum_assignment(gain.numpy(), maximize=True)[1]))
+
+
+def _covariances(
+    a: nn.Module, b: nn.Module, families: list[Places], batches: Batches, calling: Calling
+) -> list[Tensor | None]:
+    """Covariances `[n, n]` of the channels of each family in a and in b, summed over its readers; None without any."""
+    readers = [_readers(b, places) for places in families]
+    names = {name for found in readers for name, _ in found}
+    products: list[Tensor | None] = [None] * len(families)
+    sums: dict[tuple[int, str], list[Any]] = {}
+    for batch in batches:
+        one, two = (_read(module, names, replace(calling, batch=batch)) for module in (a, b))
+        for i, found in enumerate(readers):
+            for name, index in found:
+                if name in one and name in two:
+                    x, y = (_rows(seen[name], index, b.get_submodule(name)) for seen in (one, two))
+                    total = sums.setdefault((i, name), [0, 0, 0, 0])
+                    for k, term in enumerate((x @ y.T, x.sum(1), y.sum(1), x.shape[1])):
+                        total[k] = total[k] + term
+    for (i, _), (xy, x, y, count) in sums.items():
+        gain = (xy / count - torch.outer(x, y) / count**2).cpu()
+        products[i] = gain if products[i] is None else products[i] + gain
+    return products
+
+
+def _readers(module: nn.Module, places: Places) -> list[tuple[str, Tensor]]:
+    """Names of the convolutions and linear layers that read the channels of a family, with the places there."""
+    out = []
+    for (name, axis), index in places.items():
+        owner, _, key = name.rpartition(".")
+        reader = module.get_submodule(owner)
+        plain = isinstance(reader, nn.Linear | nn.modules.conv._ConvNd) and getattr(reader, "groups", 1) == 1
+        if key == "weight" and plain and axis == int(not getattr(reader, "transposed", False)):
+            out.append((owner, index))
+    return out
+
+
+def _read(module: nn.Module, names: Collection[str], calling: Calling) -> dict[str, Tensor]:
+    """What some modules read when the whole is called on a batch; of several calls the first."""
+    found: dict[str, Tensor] = {}
+
+    def note(m: nn.Module, args: Any, *, name: str) -> None:
+        del m
+        found.setdefault(name, args[0].detach())
+
+    with ExitStack() as hooks:
+        for name in names:
+            hook = module.get_submodule(name).register_forward_pre_hook(partial(note, name=name))
+            hooks.callback(hook.remove)
+        calling.outputs(module)
+    return found
+
+
+def _rows(x: Tensor, index: Tensor, reader: nn.Module) -> Tensor:
+    """What a layer reads as one row for each channel, float64."""
+    channels = x.movedim(-1 if isinstance(reader, nn.Linear) else 1, 0)
+    return channels[index.flatten().to(x.device)].reshape(len(index), -1).double()

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from fipgeo.between.channels import align as aligned
 from fipgeo.between.channels import check_alike
 from fipgeo.between.record import Connection, Way
+from fipgeo.constraints import Constraints
 from fipgeo.data import Batches, Generator, as_batches, as_generator
 from fipgeo.jacobian import EmbeddedOutputs
 from fipgeo.model import ForwardFn, OutputFn, OutputMap, unwrapped
-from fipgeo.outputs import Geometry, as_geometry, changed_predictions
+from fipgeo.outputs import Geometry, as_geometry, between, changed_predictions, squared_distance
 from fipgeo.paths.verdict import spread_of
 
 
@@ -27,7 +28,7 @@ def connect(
     *,
     held_out: Any = 0.2,
     geometry: str | Geometry = "logits",
-    align: bool = False,
+    align: bool | str = False,
     bends: int = 3,
     points: int = 3,
     steps: int = 300,
@@ -40,15 +41,17 @@ def connect(
 ) -> Connection:
     """A path of weights from a to b along which the outputs go as straight as they can. No labels are needed.
 
-    The path is a polygon with `bends` free corners, which start on the straight line. Its energy in the space of the
-    embedded outputs,
+    Straight is the geodesic z*(t) of the geometry between the outputs of a and of b: a line for logits, and for
+    "categorical" the great circle of the Fisher-Rao metric between sqrt(p_a) and sqrt(p_b).
 
-        E = sum_i |z_{i+1} - z_i|^2 / (t_{i+1} - t_i), a mean over inputs,
+    The path is a polygon with `bends` free corners, which start on the straight line of the weights. With r_i the
+    difference of the embedded outputs z_i to z*(t_i), the energy
 
-    is minimised by Adam on minibatches, at `points` times between the ends that change from step to step. With r_i the
-    distance of z_i to (1 - t_i) z_a + t_i z_b, E is |z_b - z_a|^2 plus the same sum over r: what is minimised is the
-    drift from the straight line of the outputs, and a path that has none passes through networks which are ensembles of
-    the two.
+        E = sum_i |r_{i+1} - r_i|^2 / (t_{i+1} - t_i), a mean over inputs,
+
+    is minimised by Adam on minibatches, at `points` times between the ends that change from step to step. Where the
+    geometry is flat, E + |z_b - z_a|^2 is the same sum over z. A path without drift passes through networks which are
+    ensembles of the two.
 
     BatchNorm normalises by the minibatch while the path is being found; its statistics are re-estimated on the kept
     inputs wherever the path, or the straight line that it is compared with, is measured.
@@ -59,8 +62,8 @@ def connect(
         keep: Inputs without labels: a tensor, list of batches or re-iterable loader.
         held_out: The share of them that is set apart for the measurement, or other inputs.
         geometry: How outputs are compared (see `MetricField`).
-        align: First put the hidden channels of b in the order of a's (see `align`); the path then ends in that copy,
-            which computes what b does.
+        align: First put the hidden channels of b in the order of a's, by "activations" on the kept inputs (True) or by
+            "weights" (see `align`); the path then ends in that copy, which computes what b does.
         bends: Free corners of the path.
         points: Networks between the ends that are evaluated in a step.
         steps: Minibatches.
@@ -76,6 +79,7 @@ def connect(
 
     Raises:
         ValueError: The networks differ in shape, or a number is out of range.
+        NotImplementedError: A weight is kept on a manifold (a `geoopt.ManifoldParameter`).
 
     Source: Garipov et al., Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs (2018), for paths of low loss;
     Tan et al., Geodesic Mode Connectivity (2023), for paths of low energy.
@@ -95,9 +99,15 @@ def connect(
     source = as_generator(generator)
     kept, held = _inputs(keep, held_out, batch_size, source)
     if align:
-        b = aligned(a, b, kept.first(), forward_fn=forward_fn, output_fn=output_fn, generator=source)
+        way = "activations" if align is True else align
+        b = aligned(a, b, kept, by=way, forward_fn=forward_fn, output_fn=output_fn, generator=source)
     map_ = OutputMap(a, "*", forward_fn=forward_fn, output_fn=output_fn)
     map_.check(kept.first())
+    why, cure = (
+        "would leave their manifolds between the networks",
+        "make them plain torch.nn.Parameters in copies first",
+    )
+    Constraints.of(map_.module, map_.space).refuse("a", why, cure)
     function = EmbeddedOutputs(map_, as_geometry(geometry), kept)
     ends = torch.stack([map_.point(), map_.space.point(unwrapped(b))])
     line = Way(function, ends, (_buffers(a), _buffers(b)))
@@ -127,10 +137,6 @@ def _straighten(
 ) -> tuple[Way, Tensor]:
     """The path with its inner corners moved to less energy, and the energies on the way."""
     function = way.function
-    first = function.batches.first()
-    with function.map.frozen():
-        outputs = function.map.call(function.map.named(way.corners[0]), first)
-    rows = function.embedded(outputs, first).shape[1]
     inner = way.corners[1:-1].clone().requires_grad_(True)
     optimizer = torch.optim.Adam([inner], lr=lr)
     history = []
@@ -141,11 +147,13 @@ def _straighten(
         times = [(i + shift / 2) / (points + 1) for i in range(1, points + 1)]
         with function.map.frozen():
             ends = [_evaluated(way, t, batch) for t in (0, 1)]
+            goals = [between(function.geometry, ends[0], ends[1], t).reshape(-1) for t in (0.0, *times, 1.0)]
         with function.map.frozen(batch_statistics=True), torch.enable_grad():
             moved = replace(way, corners=torch.cat([way.corners[:1], inner, way.corners[-1:]]))
             z = function.on(batch)
-            found = [ends[0], *(z(function.map.named(moved.at(t))) for t in times), ends[1]]
-            energy = _energy(found, [0.0, *times, 1.0]) / (len(ends[0]) / rows)
+            found = [goals[0], *(z(function.map.named(moved.at(t))) for t in times), goals[-1]]
+            gaps = [f - goal for f, goal in zip(found, goals, strict=True)]
+            energy = _energy(gaps, [0.0, *times, 1.0]) / len(ends[0][0])
             optimizer.zero_grad()
             energy.backward()
         optimizer.step()
@@ -153,10 +161,10 @@ def _straighten(
     return replace(way, corners=torch.cat([way.corners[:1], inner.detach(), way.corners[-1:]])), torch.tensor(history)
 
 
-def _evaluated(way: Way, t: float, batch: Any) -> Tensor:
-    """Embedded outputs of a network on the way under its own buffers, flat; inside `frozen()`."""
-    function = replace(way.function, map=way.function.map.with_buffers(way.buffers_at(t)))
-    return function.on(batch)(function.map.named(way.at(t)))
+def _evaluated(way: Way, t: float, batch: Any) -> tuple[Tensor, ...]:
+    """Outputs of a network on the way under its own buffers; inside `frozen()`."""
+    map_ = way.function.map.with_buffers(way.buffers_at(t))
+    return map_.call(map_.named(way.at(t)), batch)
 
 
 def _energy(found: list[Tensor], times: list[float]) -> Tensor:
@@ -178,20 +186,23 @@ class _Profile:
     def of(cls, way: Way, held: Batches, times: list[float], spread: float) -> _Profile:
         geometry = way.function.geometry
         ends = [list(_outputs(way, t, held)) for t in (0.0, 1.0)]
-        (first, count), (last, _) = (_embedded(way, end) for end in ends)
-        zs, drift, changed = [], [], []
-        for t in times:
+        pairs = [(f, g) for (_, f), (_, g) in zip(*ends, strict=True)]
+        count = sum(len(f[0]) for f, _ in pairs)
+        before, energy, drift, changed = ends[0], 0.0, [], []
+        for t, step in zip(times, [1.0, *torch.tensor(times).diff().tolist()], strict=True):
             found = ends[int(t)] if t in (0, 1) else list(_outputs(way, t, held))
-            z = _embedded(way, found)[0]
-            zs.append(z)
-            drift.append(float((z - torch.lerp(first, last, t)).square().sum() / count) ** 0.5 / spread)
+            goals = [between(geometry, f, g, t) for f, g in pairs]
+            gaps = [way.function.embedded(f, batch) - goal for (batch, f), goal in zip(found, goals, strict=True)]
+            away = sum(float(gap.double().square().sum()) for gap in gaps)
+            drift.append(0.0 if t in (0, 1) else (away / count) ** 0.5 / spread)
+            energy += _apart(geometry, [(f, g) for (_, f), (_, g) in zip(before, found, strict=True)]) / step / count
+            before = found
             moves = [
                 [changed_predictions(geometry, f, g) for (_, f), (_, g) in zip(found, end, strict=True)] for end in ends
             ]
             shares = [_neither(x, y) for x, y in zip(*moves, strict=True)]
             changed.append(sum(shares) / count)
-        energy = float(_energy(zs, times)) / count
-        least = float((last - first).square().sum()) / count
+        least = _apart(geometry, pairs) / count
         return cls(torch.tensor(drift).double(), torch.tensor(changed).double(), energy, least, count)
 
 
@@ -200,10 +211,9 @@ def _outputs(way: Way, t: float, held: Batches) -> Iterator[tuple[Any, tuple[Ten
     return function.outputs(way.at(t))
 
 
-def _embedded(way: Way, found: list[tuple[Any, tuple[Tensor, ...]]]) -> tuple[Tensor, int]:
-    """Embedded outputs of all batches, flat in float64, and the number of examples."""
-    parts = [way.function.embedded(outputs, batch) for batch, outputs in found]
-    return torch.cat([part.double().flatten() for part in parts]), sum(map(len, parts))
+def _apart(geometry: Geometry, pairs: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> float:
+    """The sum over all inputs of the squared distances of two outputs."""
+    return sum(float(squared_distance(geometry, f, g).double().sum()) for f, g in pairs)
 
 
 def _neither(x: Tensor | None, y: Tensor | None) -> float:

@@ -53,20 +53,21 @@ class Way:
 class Connection:
     """A path between two networks, as measured on held-out inputs beside the straight line of the weights.
 
-    With z_a and z_b the embedded outputs of the ends, the path of least energy moves them evenly along a straight line.
+    The path of least energy moves the outputs evenly along z*(t), the geometry's geodesic between those of the ends.
 
     Attributes:
         way: The path.
         times: Where it was measured, in [0, 1], `[n]`.
-        drift: Root mean square distance over inputs of the outputs there from (1 - t) z_a + t z_b, in units of the
-            spread of a's outputs (their root mean square distance from their mean), `[n]`; 0 at the ends.
+        drift: Root mean square over inputs of |z - z*(t)|, z the embedded outputs there, in units of the spread of a's
+            outputs (their root mean square distance from their mean), `[n]`; 0 at the ends.
         straight_drift: The same on the straight line of the weights.
         changed: Share of inputs whose prediction is neither a's nor b's, `[n]`; NaN where outputs predict nothing.
         straight_changed: The same on the straight line.
-        energy: Mean over inputs of the sum over steps of |z_{i+1} - z_i|^2 / (t_{i+1} - t_i).
+        energy: Mean over inputs of the sum over steps of d_i^2 / (t_{i+1} - t_i), d_i the distance of the outputs at
+            the two ends of a step (see `Geometry.distance`).
         straight_energy: The same on the straight line.
-        least_energy: |z_b - z_a|^2, a mean over inputs: no path between these ends has less.
-        history: What was minimised, step after step: the energy on the minibatch.
+        least_energy: The squared distance of the ends' outputs, a mean over inputs: no path between them has less.
+        history: What was minimised, step after step: the energy of z - z* on the minibatch.
         num_held_out: Inputs that were measured on.
     """
 

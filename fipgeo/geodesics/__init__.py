@@ -5,6 +5,7 @@ from fipgeo.geodesics.driver import geodesic
 from fipgeo.geodesics.flow import Flow, Slope
 from fipgeo.geodesics.frames import Frames, track
 from fipgeo.geodesics.record import Geodesic
+from fipgeo.geodesics.shooting import Shot, shoot
 from fipgeo.geodesics.tableaux import TABLEAUX, Tableau
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "Flow",
     "Frames",
     "Geodesic",
+    "Shot",
     "Slope",
     "Tableau",
     "as_chart",
     "geodesic",
+    "shoot",
     "track",
 ]

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fipgeo.constraints import Constraints
 from fipgeo.field import MetricField
 from fipgeo.jacobian import JacobianRoot, SecondOrder, Taylor
 from fipgeo.jacobian.cost import Costs
@@ -26,6 +27,7 @@ class Chart:
 
     Raises:
         ValueError: The basis or the origin does not fit the weight space, or there is an origin and no basis.
+        NotImplementedError: A weight is kept on a manifold (a `geoopt.ManifoldParameter`).
 
     Examples:
         >>> from fipgeo import MetricField, basis
@@ -43,6 +45,8 @@ class Chart:
     def __post_init__(self) -> None:
         """Check the shapes; take the model's weights where no origin came."""
         dim = self.field.space.dim
+        held = Constraints.of(self.field.map.module, self.field.space)
+        held.refuse("field", "would leave their manifolds along a geodesic of the weights", "leave them out of params=")
         if self.basis is None:
             if self.origin is not None:
                 raise ValueError("origin: coordinates that are the weights have their origin at zero; give a basis too")

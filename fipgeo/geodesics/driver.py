@@ -14,6 +14,7 @@ from fipgeo.geodesics.flow import Flow, Slope
 from fipgeo.geodesics.record import Geodesic
 from fipgeo.geodesics.tableaux import TABLEAUX, Tableau
 from fipgeo.linalg import Outcome
+from fipgeo.metrics import Metric
 
 SHARE = 1e-3
 """Damping where none is given, as a share of the mean of the eigenvalues of g that can be positive."""
@@ -84,10 +85,7 @@ def geodesic(
     c = c.to(stack)
     rtol = (1e-6 if stack.dtype == torch.float64 else 1e-4) if rtol is None else rtol
     here = chart.at(c)
-    if damping is None:
-        damping = SHARE * here.trace().value / here.rank_bound
-        if not damping > 0:
-            raise ValueError("damping: the metric is zero at the start, so it gives no scale; pass a positive number")
+    damping = default_damping(here) if damping is None else damping
     flow = Flow(chart, float(damping), rtol / 100 if stack.dtype == torch.float64 else None)
     speed = float(flow.norm(here, stack[0]))
     if not speed > 0:
@@ -96,6 +94,18 @@ def geodesic(
     walk = _Walk(flow, TABLEAUX[method], length, rtol)
     outcome, message = walk.run(torch.cat([c[None], stack]), steps, max_steps)
     return walk.record(chart, outcome, message)
+
+
+def default_damping(metric: Metric) -> float:
+    """Lambda where none is given: a share of the mean of the eigenvalues that can be positive.
+
+    Raises:
+        ValueError: The metric is zero.
+    """
+    damping = SHARE * metric.trace().value / metric.rank_bound
+    if not damping > 0:
+        raise ValueError("damping: the metric is zero at the start, so it gives no scale; pass a positive number")
+    return damping
 
 
 @dataclass

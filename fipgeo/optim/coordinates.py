@@ -62,6 +62,8 @@ def _kept(field: MetricField, start: Position) -> Kept:
     """The outputs at the start under the statistics of the start; later ones under those of the model at the time."""
     function = field.function
     kept = Kept.of(replace(function, map=function.map.with_buffers(start.buffers)), start.theta)
+    cure = "fipgeo.adapt keeps them there; or leave them out of params="
+    kept.constraints.refuse("keep", "would leave their manifolds with the steps of this optimiser", cure)
     return replace(kept, function=replace(kept.function, map=function.map))
 
 

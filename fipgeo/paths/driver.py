@@ -99,6 +99,8 @@ def walk(
     of them (see `Inputs.of`) is set apart as control inputs, on whose drift a step is accepted or refused and the next
     one sized; the held-out ones measure the points and decide nothing, so that certificates are not biased by choices.
 
+    Weights that are `geoopt.ManifoldParameter`s stay on their manifolds (see `Constraints`).
+
     Args:
         field: Model, protected inputs and geometry. The model is not changed.
         objective: What to walk towards.
@@ -119,6 +121,7 @@ def walk(
     Raises:
         ValueError: The budget does not allow even the smallest first step; `resume`, `after` or the checkpoint is the
             path of another model or objective; or bad inputs (see `OutputMap.check`).
+        NotImplementedError: Zeros are asked for in a weight that is kept on a manifold.
     """
     if not isinstance(held_out, Batches | int | float):
         held_out = as_batches(held_out, None, "held_out")
@@ -150,6 +153,7 @@ def _prepared(
         for function in functions:
             function.survey(start.theta)
     kept, unit = Kept.of(functions[0], start.theta), spread_of(functions[0], start.theta)
+    kept.constraints.check(opening.position.theta)
     walker = _Walker(
         objective, method, kept, Verdict(functions[1], start.theta, unit), Verdict(functions[2], start.theta), random
     )
@@ -254,13 +258,14 @@ class _Walker:
         proposal = self.objective.propose(
             self.kept, state.position, state.objective, state.size, self.predictor, self.generator
         )
+        begun = self.kept.moved(proposal.position, proposal.position.theta)
         final = self.objective.landmark(proposal.state)
         held = final and not isinstance(self.method.corrector, NoCorrection)
         won = self.objective.beside(self.kept) if held else ()
-        kept = Joined.here(self.kept, won, proposal.position) if won else self.kept
+        kept = Joined.here(self.kept, won, begun) if won else self.kept
         corrected = self.method.corrector.correct(
             kept,
-            proposal.position,
+            begun,
             proposal.free,
             state.corrector,
             self.generator,
@@ -270,7 +275,7 @@ class _Walker:
         new_outputs = kept.num_examples - self.kept.num_examples  # taken once, before the correction
         new = replace(
             state,
-            position=corrected.position,
+            position=self.kept.moved(corrected.position, corrected.position.theta),
             objective=proposal.state,
             corrector=corrected.state,
             cost=state.cost + proposal.cost + corrected.cost + self.control.num_examples + new_outputs,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from fipgeo.constraints import Constraints
 from fipgeo.data import ListBatches, TensorBatches
 from fipgeo.jacobian import EmbeddedOutputs, JacobianRoot, Survey
 from fipgeo.linalg import LinearOperator
@@ -158,6 +159,15 @@ class Kept(Protected):
         """The model's weight space."""
         return self.function.map.space
 
+    @cached_property
+    def constraints(self) -> Constraints:
+        """The manifolds on which some weights are kept."""
+        return Constraints.of(self.function.map.module, self.space)
+
+    def moved(self, position: Position, theta: Tensor) -> Position:
+        """The position with other weights `[D]`, those that are kept on manifolds brought back to them."""
+        return replace(position, theta=self.constraints.brought_back(theta))
+
     @property
     def num_examples(self) -> int:
         """N."""
@@ -208,8 +218,10 @@ class Kept(Protected):
         return torch.cat([part.reshape(-1) for part in parts])
 
     def tangent(self, position: Position, max_bytes: int = 2**30) -> Tangent:
-        """The Jacobian of the embedded outputs, `[N * M, D]`."""
-        return JacobianTangent(JacobianRoot(self.at(position), position.theta, max_bytes=max_bytes, survey=self.survey))
+        """The Jacobian of the embedded outputs, `[N * M, D]`, along the manifolds that weights are kept on."""
+        root = JacobianRoot(self.at(position), position.theta, max_bytes=max_bytes, survey=self.survey)
+        found = JacobianTangent(root)
+        return ConstrainedTangent(found, self.constraints.projection(position.theta)) if self.constraints else found
 
     def gap(self, function: EmbeddedOutputs, outputs: tuple[Tensor, ...], part: Part) -> Tensor:
         """Mean over a minibatch of |z - z_0|^2, a scalar that can be differentiated.
@@ -313,6 +325,38 @@ class JacobianTangent(Tangent):
     def cost(self, *, columns: bool) -> float:
         """Two evaluations a row, or sixteen an input for products."""
         return 2.0 * self.jacobian.shape[0] if columns else 16.0 * self.jacobian.survey.num_examples
+
+
+class ConstrainedTangent(Tangent):
+    """R P, of which steps are tangent to the manifolds that weights are kept on; a tensor moves as a whole or not.
+
+    Args:
+        inner: R.
+        projection: P.
+    """
+
+    def __init__(self, inner: Tangent, projection: LinearOperator) -> None:
+        self.inner, self.projection, self.rank_bound = inner, projection, inner.rank_bound
+
+    @property
+    def root(self) -> LinearOperator:
+        """R P."""
+        return self.inner.root @ self.projection
+
+    def columns(self, free: Tensor) -> Tensor:
+        """(R P)_F, from R_F: P mixes no free weight with another that is not."""
+        found = self.inner.columns(free)
+        rows = found.new_zeros(len(found), len(free))
+        rows[:, free] = found
+        return self.projection(rows)[:, free]
+
+    def prepare(self) -> LinearOperator:
+        """R P with R made ready."""
+        return self.inner.prepare() @ self.projection
+
+    def cost(self, *, columns: bool) -> float:
+        """That of R."""
+        return self.inner.cost(columns=columns)
 
 
 def live_entries(function: EmbeddedOutputs, outputs: tuple[Tensor, ...], batch: Any) -> Tensor:

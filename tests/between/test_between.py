@@ -1,11 +1,12 @@
 """Aligned channels and connecting paths: permutations undone, energies by their definition, drift made smaller."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,14 +62,17 @@ def shuffled(net: Residual, seed: int) -> Residual:
     return out
 
 
-@given(st.integers(0, 10**6))
-@settings(max_examples=4)
-def test_a_permuted_copy_is_put_in_order_again(seed: int) -> None:
+@given(st.integers(0, 10**6), st.sampled_from(["weights", "activations"]))
+@settings(max_examples=6)
+def test_a_permuted_copy_is_put_in_order_again(seed: int, by: str) -> None:
     drawn(a := Residual(), seed)
-    b, x = shuffled(a, seed), torch.randn(3, 1, 4, 4)
+    b, x = shuffled(a, seed), torch.randn(40, 1, 4, 4)
     assert torch.allclose(a(x), b(x))
+    stem = F.relu(a.bn(a.stem(x)))
+    alive = [bool(h.flatten(2).amax((0, 2)).all()) for h in (stem, F.relu(a.bn1(a.first(stem))))]
+    assume(by == "weights" or all(alive))  # channels that are zero on all inputs are alike
     before = copy.deepcopy(b.state_dict())
-    found = align(a, b, x, generator=seed)
+    found = align(a, b, x, by=by, generator=seed)
     assert all(torch.equal(p, q) for p, q in zip(found.state_dict().values(), a.state_dict().values(), strict=True))
     assert all(torch.equal(p, q) for p, q in zip(b.state_dict().values(), before.values(), strict=True))
 
@@ -83,6 +87,26 @@ def test_an_aligned_network_computes_the_same_and_lies_nearer(seed: int) -> None
     start, far, near = (space.point(net) for net in (a, b, found))
     assert (near - start).norm() < (far - start).norm()
     assert torch.allclose(near.norm(), far.norm())
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=4)
+def test_aligned_activations_vary_together_as_much_as_any_order_allows(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b, x = drawn(Residual(), seed), drawn(Residual(), seed + 1), torch.randn(6, 1, 4, 4, generator=generator)
+    found = align(a, b, [x[:2], x[2:]], by="activations")
+    assert torch.allclose(found(x), b(x))
+
+    def block(net: Any) -> Tensor:
+        stem = F.relu(net.bn(net.stem(x)))
+        rows = F.relu(net.bn1(net.first(stem))).detach().movedim(1, 0).flatten(1)
+        return rows - rows.mean(1, keepdim=True)
+
+    one, two = block(a), block(found)
+    shared = [float((one * two[list(order)]).sum()) for order in itertools.permutations(range(5))]
+    assert shared[0] == pytest.approx(max(shared))
+    with pytest.raises(ValueError, match="'weights' or 'activations'"):
+        align(a, b, x, by="outputs")
 
 
 def mlps(*seeds: int) -> list[nn.Module]:
@@ -113,6 +137,22 @@ def test_a_path_between_networks_has_less_drift_and_energy_than_the_straight_lin
     with pytest.raises(ValueError, match="between 0"):
         found.at(1.5)
     assert len(found.plot().lines) == 2
+
+
+def test_probabilities_are_kept_near_the_great_circle() -> None:
+    (a, b), x = (mlps(0, 1)), torch.randn(200, 3)
+    found = connect(a, b, x, held_out=x, geometry="categorical", steps=40, lr=0.03, num_measured=5, generator=1)
+    assert found.largest_drift < 0.6 * found.straight_largest_drift
+    assert found.least_energy <= found.energy < found.straight_energy
+    other = copy.deepcopy(a)
+    with torch.no_grad():
+        p, q = (net(x).softmax(1) for net in (a, b))
+        r = found.apply_(other, 0.25)(x).softmax(1)
+        angle = torch.arccos((p * q).sqrt().sum(1, keepdim=True).clamp(max=1))
+        aim = ((0.75 * angle).sin() * p.sqrt() + (0.25 * angle).sin() * q.sqrt()) / angle.sin()
+        spread = (p.sqrt() - p.sqrt().mean(0)).square().sum().sqrt()
+    assert float(found.drift[1]) == pytest.approx(float((r.sqrt() - aim).square().sum().sqrt() / spread))
+    assert found.least_energy == pytest.approx(float((2 * angle).square().mean()))
 
 
 @given(st.integers(0, 10**6))

@@ -94,6 +94,7 @@ class FirstOrder(Corrector):
             theta.grad = theta.grad if inverse is None else inverse(theta.grad) / 2
             optimizer.param_groups[0]["lr"] = rate * (0.5 * (1 + math.cos(math.pi * t / steps)) if final else 1.0)
             optimizer.step()
+            theta.copy_(kept.constraints.brought_back(theta))
             cost += evaluations * len(part.reference)
         position = replace(position, theta=theta)
         if kept.function.map.normalisers:

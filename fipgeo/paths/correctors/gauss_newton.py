@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class GaussNewton(Corrector):
         damping = float(state.get("damping", torch.tensor(self.damping)))
         position, loss, cost = settled(kept, position)
         if moves is not None:
-            tried = replace(position, theta=position.theta + moves(moves.kept.residual(position)))
+            tried = kept.moved(position, position.theta + moves(moves.kept.residual(position)))
             now = kept.loss(tried)
             cost += kept.num_examples + moves.kept.num_examples
             if now < loss:
@@ -93,7 +93,7 @@ class GaussNewton(Corrector):
                 move = moves.damped(damping)(residual)
                 cost += 0.0 if moves.gram is not None else 4.0 * part.num_examples * self.max_iters
                 move = (1 - self.memory) * move + self.memory * before
-                tried = replace(position, theta=position.theta + move)
+                tried = kept.moved(position, position.theta + move)
                 now = kept.loss(tried)
                 cost += kept.num_examples
                 if now < loss:

@@ -76,7 +76,7 @@ class LayerLocal(Corrector):
             cost += spent
             for share in (1.0, 0.5, 0.25):
                 theta = torch.where(free, position.theta + share * (aim - position.theta), position.theta)
-                tried, now, spent = settled(kept, replace(position, theta=theta))
+                tried, now, spent = settled(kept, kept.moved(position, theta))
                 cost += spent
                 if now < loss:
                     position, loss, damping = tried, now, max(damping * (0.5 if share == 1 else 1.0), 1e-6)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fipgeo.constraints import Constraints
 from fipgeo.model import OutputMap
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.kept import Kept, Position
@@ -101,6 +102,24 @@ class Objective(ABC):
     def counted(self, model: OutputMap) -> Tensor:
         """Boolean `[D]`: the coordinates over which the sparsity of a point is counted."""
         return weight_mask(model)
+
+
+def sparse_mask(model: OutputMap, exclude: Where = None) -> Tensor:
+    """Boolean `[D]`: the weights that may become zero (see `weight_mask`).
+
+    Raises:
+        NotImplementedError: One of them is kept on a manifold.
+        ValueError: There is none.
+    """
+    mask = weight_mask(model, exclude)
+    if not mask.any():
+        raise ValueError(
+            f"exclude: {exclude!r} leaves no tensor with two axes or more out of {model.space.names}; nothing can"
+            " become sparse"
+        )
+    cure = "keep them dense with exclude={names}, beside whatever else is excluded"
+    Constraints.of(model.module, model.space).refuse("exclude", "would leave their manifolds with zeros", cure, mask)
+    return mask
 
 
 def weight_mask(model: OutputMap, exclude: Where = None) -> Tensor:

@@ -68,7 +68,8 @@ class NewTask(Objective):
         theta = position.theta
         free = torch.ones_like(theta, dtype=torch.bool)
         if self.hold_zeros:
-            free &= (theta != 0) | ~weight_mask(kept.function.map) | _new_rows(kept, theta)
+            counted = weight_mask(kept.function.map) & ~kept.constraints.mask
+            free &= (theta != 0) | ~counted | _new_rows(kept, theta)
         losses = []
         for index, batch in enumerate(self._stream(0, min(self.refresh, self.total))):
             losses.append(self._loss(kept, position, batch, index)[0])
@@ -100,7 +101,7 @@ class NewTask(Objective):
             step = -gradient * mask if moves is None else moves.passed(-gradient * mask)
             velocity = self.momentum * velocity + step * min(1.0, self.clip / max(float(step.norm()), 1e-30))
             rate = self.lr * size * 0.5 * (1 + math.cos(math.pi * seen / self.total))
-            theta = torch.where(free, theta + rate * velocity, theta)
+            theta = kept.constraints.brought_back(torch.where(free, theta + rate * velocity, theta))
             losses.append(loss)
             seen += 1
             cost += used

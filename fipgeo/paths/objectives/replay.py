@@ -15,7 +15,7 @@ from torch.nn.functional import log_softmax
 
 from fipgeo.model import OutputMap
 from fipgeo.paths.kept import Kept, Position
-from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, weight_mask
+from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, sparse_mask
 from fipgeo.space import Where
 
 
@@ -70,10 +70,7 @@ class Replay(Objective):
 
     def counted(self, model: OutputMap) -> Tensor:
         """The weights that may become zero (see `weight_mask`)."""
-        mask = weight_mask(model, self.exclude)
-        if not mask.any():
-            raise ValueError(f"exclude: {self.exclude!r} leaves none of {model.space.names} that can become sparse")
-        return mask
+        return sparse_mask(model, self.exclude)
 
     def begin(self, kept: Kept, position: Position) -> State:
         """No minibatch seen."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from fipgeo.model import OutputMap
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives.allocation import Allocation, Units, check_allocation, choose, limits
-from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, weight_mask
+from fipgeo.paths.objectives.base import Objective, Predictor, Proposal, State, sparse_mask
 from fipgeo.paths.objectives.patterns import Pattern, Unstructured
 from fipgeo.paths.objectives.scores import Score, Survivors, as_score, summed, with_budget
 from fipgeo.space import Where
@@ -87,14 +87,8 @@ class Sparsity(Objective):
             object.__setattr__(self, "target", targets)  # a list would be neither hashable nor safe from changes
 
     def counted(self, model: OutputMap) -> Tensor:
-        """The weights that may become zero (see `weight_mask`)."""
-        mask = weight_mask(model, self.exclude)
-        if not mask.any():
-            raise ValueError(
-                f"exclude: {self.exclude!r} leaves no tensor with two axes or more out of {model.space.names}; nothing"
-                " can become sparse"
-            )
-        return mask
+        """The weights that may become zero (see `sparse_mask`)."""
+        return sparse_mask(model, self.exclude)
 
     def begin(self, kept: Kept, position: Position) -> State:
         """Weights that are zero already count and are held, and so are the other members of groups that are zero."""
