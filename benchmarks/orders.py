@@ -4,12 +4,12 @@
     python -m benchmarks.orders --zeros 0.9 --seeds 0
 
 A small network knows the digits 0 to 3 of scikit-learn, is to get zeros and to learn the digits 4 to 6. One way round
-zeros come first, protected by 120 old inputs, and are held while the network learns, but for the rows of the new classes;
-the other way round it learns first and gets as many zeros then, protected by old and new inputs. Labels of old digits are not used. Accuracy is on a third of the
-digits that nothing else sees. `overlap` is the share of the zeros of the one network that are zero in the other, which
-for places chosen by chance would be the share of zeros; `apart` the distance of the two ends over their mean distance
-from the start; `plane` holds both ways in the plane of their principal directions. Records go to
-benchmarks/results/orders.json.
+zeros come first, protected by 120 old inputs, and are held while the network learns, but for the rows of the new
+classes; the other way round it learns first and gets as many zeros then, protected by old and new inputs. Labels of old
+digits are not used. Accuracy is on a third of the digits that nothing else sees. `overlap` is the share of the zeros of
+the one network that are zero in the other, which for places chosen by chance would be the share of zeros; `apart` the
+distance of the two ends over their mean distance from the start; `plane` holds both ways in the plane of their
+principal directions. Records go to benchmarks/results/orders.json.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ WAYS = ("zeros, then learning", "learning, then zeros")
 
 def digits(first: int, end: int, *, test: bool) -> tuple[Tensor, Tensor]:
     """Images `[n, 1, 8, 8]` and labels of some digits; every third image is for testing."""
-    data = load_digits()
-    x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    y = torch.tensor(data.target)
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
     index = ((y >= first) & (y < end)).nonzero()[:, 0]
     index = index[(torch.arange(len(index)) % 3 == 2) == test]
     return x[index], y[index]
