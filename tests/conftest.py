@@ -44,3 +44,9 @@ def closed_figures() -> Iterator[None]:
     yield
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")
+
+
+@pytest.fixture
+def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures for pages are drawn a single time, not until their layout has settled."""
+    monkeypatch.setattr("fipgeo.plotting.svg._MAX_DRAWINGS", 0)

@@ -134,6 +134,7 @@ def test_reasons_name_no_place() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn_once")
 def test_a_run_writes_every_figure_and_a_second_one_replaces_them(tmp_path: Path, capsys) -> None:
     metric.main([*TINY, *QUICK, "--out", str(tmp_path)])
     text = (tmp_path / "metric.json").read_text()
@@ -181,6 +182,7 @@ def test_memory_is_counted(tmp_path: Path) -> None:
     assert 0 <= metric.probe(args) < 2**27
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_the_page_shows_what_the_file_holds_and_nothing_else(tmp_path: Path, capsys) -> None:
     """The committed page holds no table of its own: what it prints is made from the file at that moment."""
     page = (ROOT / "docs/speed.md").read_text()

@@ -304,6 +304,7 @@ def assert_page_is_the_file(path: Path) -> None:
     assert all(f"| {method} |" in page for found in groups.values() for method in found)
 
 
+@pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize(("name", "made"), [("sparsity", curves.page), ("results", curves.table)])
 def test_the_pages_show_what_the_file_holds_and_nothing_else(name: str, made: Any, tmp_path: Path, capsys) -> None:
     page = (ROOT / f"docs/{name}.md").read_text()

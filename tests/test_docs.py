@@ -143,7 +143,7 @@ def test_the_readme_example_runs_and_is_short(float32_default: None) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: str(page.relative_to(DOCS)))
-def test_executed_blocks_of_the_pages_run(page: Path, float32_default: None) -> None:
+def test_executed_blocks_of_the_pages_run(page: Path, float32_default: None, drawn_once: None) -> None:
     run_blocks(page, {}, EXECUTED)
 
 
