@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from fipgeo.grids import Grid
 from fipgeo.plotting import (
     figure_svg,
+    plot_coefficient_depth,
     plot_coefficients,
     plot_contours,
     plot_interference,
@@ -44,6 +45,7 @@ CELLS = {  # in colours of their own, whatever the cycle is
     "plane": lambda ax: plot_plane(GRID, {"path": [[0, 0], [1, 1]]}, ax=ax),
     "contours": lambda ax: plot_contours(GRID, {"learned": [0.5, 0.5]}, ax=ax),
     "coefficients": lambda ax: plot_coefficients(np.eye(2), ax=ax),
+    "coefficient depth": lambda ax: plot_coefficient_depth(np.eye(3), ax=ax),
     "interference": lambda ax: plot_interference(np.eye(13), ax=ax),
     "metric": lambda ax: plot_metric(np.eye(4), {"a": 2, "b": 2}, ax=ax),
 }

@@ -11,7 +11,7 @@ backend.
 """
 
 from fipgeo.plotting._contours import GridRecord
-from fipgeo.plotting.coefficients import plot_coefficients
+from fipgeo.plotting.coefficients import plot_coefficient_depth, plot_coefficients
 from fipgeo.plotting.density import DensityRecord, plot_density
 from fipgeo.plotting.layers import plot_layer_sparsity
 from fipgeo.plotting.matrices import plot_interference, plot_metric
@@ -31,6 +31,7 @@ __all__ = [
     "SpectrumRecord",
     "figure_svg",
     "plot_accuracy",
+    "plot_coefficient_depth",
     "plot_coefficients",
     "plot_contours",
     "plot_density",

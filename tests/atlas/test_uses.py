@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from fipgeo import Composition, TaskVector
 from fipgeo.atlas import choose_vectors, cosines, disentanglement_error, forget_
 from fipgeo.atlas.uses import pivots
-from fipgeo.plotting import plot_coefficients
+from fipgeo.plotting import plot_coefficient_depth, plot_coefficients
+from fipgeo.plotting._common import PALETTE
 
 from .test_composition import bank, draw
 
@@ -98,3 +99,13 @@ def test_coefficients_are_drawn() -> None:
         plot_coefficients([[0.0, 0.0]], ["a"], ax=axes)
     with pytest.raises(ValueError, match="coefficients: got shape"):
         plot_coefficients([0.0], ax=axes)
+
+
+def test_coefficients_are_drawn_by_depth() -> None:
+    ax = plot_coefficient_depth(
+        [[0.0, 1.0], [1.0, float("nan")], [5.0, 3.0]], ["first", "last"], ax=Figure().subplots()
+    )
+    medians = [line.get_ydata()[0] for line in ax.lines if line.get_color() == PALETTE[1]]  # type: ignore[index]
+    assert medians == [1.0, 2.0] and [t.get_text() for t in ax.get_xticklabels()] == ["first", "last"]
+    with pytest.raises(ValueError, match="labels: got 3, expected 2"):
+        plot_coefficient_depth([[0.0, 0.0]], ["a", "b", "c"], ax=ax)
