@@ -18,7 +18,7 @@ from fipgeo.field import MetricField
 from fipgeo.model import NotFiniteError
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
-from fipgeo.paths.correctors import Corrector, NoCorrection
+from fipgeo.paths.correctors import Corrector
 from fipgeo.paths.joined import Joined
 from fipgeo.paths.kept import Kept, Position
 from fipgeo.paths.objectives import Objective
@@ -260,8 +260,7 @@ class _Walker:
         )
         begun = self.kept.moved(proposal.position, proposal.position.theta)
         final = self.objective.landmark(proposal.state)
-        held = final and not isinstance(self.method.corrector, NoCorrection)
-        won = self.objective.beside(self.kept) if held else ()
+        won = self.objective.beside(self.kept) if final and not self.method.corrector.idle else ()
         kept = Joined.here(self.kept, won, begun) if won else self.kept
         corrected = self.method.corrector.correct(
             kept,

@@ -57,6 +57,17 @@ def test_the_metric_values_a_group_by_its_joint_change(pattern: Pattern) -> None
         assert abs(float(diagonal.sum() / exact.sum()) - 1) > 0.05
 
 
+def test_single_weights_of_a_small_problem_are_valued_exactly() -> None:
+    module, x = mlp(4, hidden=4), inputs(5, 10)
+    at, _ = survivors(kept_of(module, x), Unstructured())
+    jacobian = jacobian_by_backward(module, x)
+    exact = at.position.theta.square() * jacobian.square().sum(0) / len(x)
+    rows = len(jacobian)
+    few, many = (MetricScore(n, 1).weights(at, torch.Generator().manual_seed(0)) for n in (rows, rows - 1))
+    torch.testing.assert_close(few, exact, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(many, exact, rtol=1e-3)  # one output more than the estimate pulls back
+
+
 def test_the_joint_value_of_single_weights_is_the_diagonal() -> None:
     at, units = survivors(kept_of(mlp(4, norm=True), inputs(5, 16)), Unstructured())
     score = MetricScore(4, 8, batch_statistics=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +30,13 @@ class Correction:
 
 
 class Corrector(ABC):
-    """Moves a position's free weights so that the protected outputs return to the start's."""
+    """Moves a position's free weights so that the protected outputs return to the start's.
+
+    Attributes:
+        idle: Whether weights stay where they are, so that nothing needs to be held beside the protected outputs.
+    """
+
+    idle: ClassVar[bool] = False
 
     @abstractmethod
     def correct(
@@ -85,6 +92,7 @@ class NoCorrection(Corrector):
     """
 
     statistics: bool = False
+    idle: ClassVar[bool] = True
 
     def correct(
         self,
