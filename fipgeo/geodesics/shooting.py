@@ -141,7 +141,7 @@ class _Range:
 
     def search(self, aim: Tensor, tol: float, max_shots: int) -> Shot:
         """Shots until one hits, or none comes nearer."""
-        best: tuple[float, Geodesic, Tensor, Tensor] | None = None
+        best: tuple[float, Geodesic, Tensor] | None = None
         aims: list[Tensor] = []
         misses: list[Tensor] = []
         history, share = [], 1.0
@@ -150,12 +150,11 @@ class _Range:
             path, gap = self._shot(aim)
             history.append(gap)
             if best is None or gap < best[0]:
+                best = gap, path, aim
                 if gap <= tol or not math.isfinite(gap):
-                    best = gap, path, aim, aim
                     break
-                miss = self._carried_back(path)
-                best = gap, path, aim, miss
-                aims, misses, share = [*aims[-5:], aim], [*misses[-5:], miss], min(2 * share, 1.0)
+                aims, misses = [*aims[-5:], aim], [*misses[-5:], self._carried_back(path)]
+                share = min(2 * share, 1.0)
                 aim = self._combined(aims, misses, share)
             else:
                 share /= 2
@@ -169,7 +168,7 @@ class _Range:
                 aims, misses = aims[-1:], misses[-1:]
                 aim = self._combined(aims, misses, share)
         assert best is not None
-        gap, path, aim, _ = best
+        gap, path, aim = best
         if gap <= tol:
             outcome, message = Outcome.CONVERGED, f"the target was hit to {gap:.1e} of the length"
         elif not path.ok:
