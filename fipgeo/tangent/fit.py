@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fipgeo.data import as_batches
 from fipgeo.jacobian import MAX_BYTES, EmbeddedOutputs, JacobianRoot
-from fipgeo.linalg import Gram, Outcome, cg
+from fipgeo.jacobian.routes import cheapest_solver
+from fipgeo.linalg import DualFactor, Gram, Outcome, Solution, cg
 from fipgeo.model import ForwardFn, OutputFn, OutputMap
 from fipgeo.outputs import Euclidean
 from fipgeo.tangent.losses import scaled_targets
@@ -29,6 +30,8 @@ class Fit:
         start: The objective at tau = 0.
         outcome: Of the solve; its message says what helps if it did not converge.
         num_products: Products with J^T J, each about five forward passes over the data or less.
+        method: "cg", or "dual" where J J^T was factored; J is made for that by as many backward passes over the data
+            as an example has outputs.
     """
 
     objective: float
@@ -36,6 +39,7 @@ class Fit:
     start: float
     outcome: Outcome
     num_products: int
+    method: str
 
     @property
     def ok(self) -> bool:
@@ -50,6 +54,7 @@ def fit_square_(
     kappa: float = 15.0,
     ridge: float = 1e-5,
     gap: float = 1e-3,
+    method: str = "auto",
     max_iters: int | None = None,
     batch_size: int | None = None,
     forward_fn: ForwardFn | None = None,
@@ -58,9 +63,10 @@ def fit_square_(
 ) -> Fit:
     r"""Write the tau into a model that minimises `rescaled_square_loss` on all data, plus ridge |tau|^2.
 
-    P(tau) = 1/(N C) |f_0 + J tau - kappa e_y|^2 + ridge |tau|^2 is quadratic, so conjugate gradients on
-    (J^T J / (N C) + ridge) tau = J^T (kappa e_y - f_0) / (N C) find its minimum by products with J and its transpose,
-    preconditioned by the diagonal of the system where the root holds it.
+    P(tau) = 1/(N C) |f_0 + J tau - kappa e_y|^2 + ridge |tau|^2 is quadratic with its minimum where
+    (J^T J / (N C) + ridge) tau = J^T (kappa e_y - f_0) / (N C). Conjugate gradients find it by products with J and its
+    transpose, preconditioned by the diagonal of the system where the root holds it; or J J^T `[NC, NC]` is factored
+    (the dual system), and products with J refine the solution.
     P is strongly convex by 2 ridge, so with the residual r of that system P - min P <= |r|^2 / ridge: the iteration
     stops where this bound is below what was asked for.
 
@@ -72,7 +78,9 @@ def fit_square_(
         ridge: Weight of |tau|^2.
         gap: Share of the objective at tau = 0 that P may lie above its minimum; without a ridge there is no such bound,
             and it is the size of r relative to the right-hand side at which the iteration stops.
-        max_iters: Most iterations; see `fipgeo.linalg.cg`.
+        method: "cg", "dual" (which needs a ridge), or "auto": what the estimates of `JacobianRoot.explain` call
+            cheaper, the dual system with a ridge and without `max_iters` only.
+        max_iters: Most iterations of "cg"; see `fipgeo.linalg.cg`.
         batch_size: Examples in a batch when `data` is tensors.
         forward_fn: (module, batch) -> raw outputs, for a module with a signature of its own.
         output_fn: Raw outputs -> the tensor `[n, ..., C]` that is compared with the labels.
@@ -82,8 +90,8 @@ def fit_square_(
         What was reached, and whether it is what was asked for; tau is written in any case.
 
     Raises:
-        ValueError: ridge is negative, gap is not positive, the data has no labels, or the module returns several
-            tensors.
+        ValueError: ridge is negative, gap is not positive, the method is unknown or does not fit the ridge, the data
+            has no labels, or the module returns several tensors.
 
     Examples:
         >>> x = torch.eye(3)
@@ -94,6 +102,10 @@ def fit_square_(
     """
     if not (ridge >= 0 and math.isfinite(ridge)) or not gap > 0:
         raise ValueError(f"ridge, gap: got {ridge} and {gap}, expected a ridge of at least 0 and a gap above 0")
+    if method not in ("auto", "cg", "dual") or (method == "dual" and not ridge):
+        raise ValueError(
+            f"method: got {method!r} with ridge={ridge:g}; expected 'auto', 'cg', or 'dual' with a ridge > 0"
+        )
     names = frozenset(model.names)
     output_map = OutputMap(model.base, lambda n, _: n in names, forward_fn=forward_fn, output_fn=output_fn)
     function = EmbeddedOutputs(output_map, Euclidean(), as_batches(data, batch_size, "data"))
@@ -103,18 +115,13 @@ def fit_square_(
     count = len(wanted)
     rhs = root.adjoint(wanted) / count
     begin, size = float(wanted.double().square().sum()) / count, float(rhs.norm())
-    rtol = math.sqrt(ridge * gap * begin) / size if size and ridge else gap
-    start = model.space.ravel({n: t.detach() for n, t in model.tangents().items()})
-    root.prepare()
-    found = cg(
-        Gram(root, 1 / count),
-        rhs,
-        damping=ridge,
-        rtol=min(rtol, 1.0),
-        max_iters=max_iters,
-        preconditioner=_inverse_diagonal(root, count, ridge),
-        x0=start.to(rhs) if bool(start.any()) else None,
-    )
+    rtol = min(math.sqrt(ridge * gap * begin) / size if size and ridge else gap, 1.0)
+    if method == "auto":
+        method = "cg" if not ridge or max_iters is not None else _cheaper(root, rhs, ridge, rtol)
+    if method == "dual":
+        found = _by_factor(root, rhs, ridge, rtol)
+    else:
+        found = _by_products(model, root, rhs, ridge, rtol, max_iters)
     tau = found.value
     model.assign_(model.space.unravel(tau.to(model.space.dtype)))
     rest = (wanted - root(tau)).double().square().sum() / count
@@ -124,7 +131,44 @@ def fit_square_(
         residual**2 / ridge if ridge else math.inf,
         begin,
         found.outcome,
-        found.num_products,
+        found.num_products if method == "cg" else 0,
+        method,
+    )
+
+
+def _cheaper(root: JacobianRoot, rhs: Tensor, ridge: float, rtol: float) -> str:
+    """The cheaper method, if conjugate gradients take the sqrt(kappa) / 2 log(2 / rtol) iterations of their bound.
+
+    kappa, the condition number, is known from below, by the curvature along the right-hand side.
+    """
+    size = float(rhs.norm())
+    curvature = float(root(rhs).norm()) ** 2 / (root.shape[0] * size**2) if size else 0.0
+    iterations = math.sqrt(1 + curvature / ridge) / 2 * math.log(2 / rtol)
+    return "dual" if cheapest_solver(root, 1, 1, iterations) == "dual" else "cg"
+
+
+def _by_factor(root: JacobianRoot, rhs: Tensor, ridge: float, rtol: float) -> Solution:
+    """The dual system, with J J^T of seven digits where true products then refine the solution as far as is asked."""
+    count = root.shape[0]
+    found = DualFactor(root, gram=root.gram(single=True), scale=1 / count).solve(rhs, ridge, rtol=rtol)
+    return found if found.ok else DualFactor(root, gram=root.gram(), scale=1 / count).solve(rhs, ridge, rtol=rtol)
+
+
+def _by_products(
+    model: TangentModel, root: JacobianRoot, rhs: Tensor, ridge: float, rtol: float, max_iters: int | None
+) -> Solution:
+    """Conjugate gradients from the tau that the model has."""
+    start = model.space.ravel({n: t.detach() for n, t in model.tangents().items()})
+    root.prepare()
+    count = root.shape[0]
+    return cg(
+        Gram(root, 1 / count),
+        rhs,
+        damping=ridge,
+        rtol=rtol,
+        max_iters=max_iters,
+        preconditioner=_inverse_diagonal(root, count, ridge),
+        x0=start.to(rhs) if bool(start.any()) else None,
     )
 
 

@@ -87,7 +87,7 @@ def test_learned_weights_are_the_dense_solution(ridge: float, shards: list[str])
     assert all(abs(w - 1 / 3) < 1e-6 for w in far.values())
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(moves=st.lists(st.sampled_from(NAMES), max_size=12), order=st.permutations(NAMES))
 def test_learned_weights_have_no_history(moves: list[str], order: list[str]) -> None:
     """Shards come and go with their components, and all that are there measure whenever one came."""

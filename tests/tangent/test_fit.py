@@ -30,9 +30,16 @@ def problem(name: str, seed: int, kappa: float) -> tuple[TangentModel, object, T
 
 
 @pytest.mark.parametrize("name", ["convnet", "encoder", "lstm", "weight_norm", "text", "scaled_dot_product"])
-@settings(max_examples=4)
-@given(seed=st.integers(0, 100), ridge=st.sampled_from([1e-1, 1e-3]), gap=st.sampled_from([1e-2, 1e-5]))
-def test_the_gap_is_a_bound_and_is_what_was_asked_for(name: str, seed: int, ridge: float, gap: float) -> None:
+@settings(max_examples=3)
+@given(
+    seed=st.integers(0, 100),
+    ridge=st.sampled_from([1e-1, 1e-3]),
+    gap=st.sampled_from([1e-2, 1e-5]),
+    method=st.sampled_from(["auto", "cg", "dual"]),
+)
+def test_the_gap_is_a_bound_and_is_what_was_asked_for(
+    name: str, seed: int, ridge: float, gap: float, method: str
+) -> None:
     model, x, y, jacobian, lack = problem(name, seed, 5.0)
     count, dim = len(lack), jacobian.shape[1]
     both = torch.cat([jacobian / math.sqrt(count), math.sqrt(ridge) * torch.eye(dim)])
@@ -41,11 +48,10 @@ def test_the_gap_is_a_bound_and_is_what_was_asked_for(name: str, seed: int, ridg
     def objective(tau: Tensor) -> float:
         return float((jacobian @ tau - lack).square().sum() / count + ridge * tau.square().sum())
 
-    fit = (
-        fit_square_(model, (x, y), kappa=5.0, ridge=ridge, gap=gap, batch_size=2)
-        if isinstance(x, Tensor)
-        else (fit_square_(model, [(x, y)], kappa=5.0, ridge=ridge, gap=gap))
-    )
+    data = [(x, y)] if isinstance(x, dict) else (x, y)
+    batch_size = None if isinstance(x, dict) else 2
+    fit = fit_square_(model, data, kappa=5.0, ridge=ridge, gap=gap, method=method, batch_size=batch_size)
+    assert method in ("auto", fit.method) and (fit.num_products == 0) == (fit.method == "dual")
     found = objective(model.space.ravel(model.tangents()).detach())
     assert fit.ok and math.isclose(fit.objective, found, rel_tol=1e-9)
     assert -1e-12 <= found - objective(best) <= fit.gap + 1e-12 * fit.start
@@ -56,14 +62,25 @@ def test_the_gap_is_a_bound_and_is_what_was_asked_for(name: str, seed: int, ridg
 def test_a_fit_goes_on_from_where_the_model_is() -> None:
     model, x, y, _, _ = problem("convnet", 1, 15.0)
     batches = [(part, labels) for part, labels in zip(cut(x, 2, 3), y.split([2, 3]), strict=True)]
-    first = fit_square_(model, batches, ridge=1e-3)
-    again = fit_square_(model, batches, ridge=1e-3)
+    first = fit_square_(model, batches, ridge=1e-3, method="cg")
+    again = fit_square_(model, batches, ridge=1e-3, method="cg")
     assert again.num_products < first.num_products / 2 and again.ok
     short = fit_square_(model.assign_({}), batches, ridge=1e-3, gap=1e-9, max_iters=2)
     assert not short.ok and short.outcome is Outcome.MAX_ITERATIONS
     assert short.objective - first.objective <= short.gap
     free = fit_square_(model, batches, ridge=0.0, gap=1e-6)
     assert free.gap == math.inf and free.objective < 1e-6
+
+
+def test_a_small_ridge_makes_the_dual_system_no_harder() -> None:
+    model, x, y, jacobian, lack = problem("convnet", 3, 15.0)
+    ridge, few = 1e-9, 3
+    short = fit_square_(model, (x, y), ridge=ridge, max_iters=few)
+    exact = fit_square_(model, (x, y), ridge=ridge, gap=1e-9)
+    assert (short.method, short.ok) == ("cg", False) and (exact.method, exact.ok) == ("dual", True)
+    kernel = jacobian @ jacobian.T + ridge * len(lack) * torch.eye(len(lack))
+    tau = jacobian.T @ torch.linalg.solve(kernel, lack)
+    assert (model.space.ravel(model.tangents()).detach() - tau).norm() < 1e-4 * tau.norm()
 
 
 def test_some_weights_alone_are_fitted() -> None:
@@ -106,6 +123,9 @@ def test_what_does_not_fit_is_named() -> None:
         fit_square_(model, (x, y), ridge=-1.0)
     with pytest.raises(ValueError, match="expected a ridge"):
         fit_square_(model, (x, y), gap=0.0)
+    for method, ridge in [("lsmr", 1e-3), ("dual", 0.0)]:
+        with pytest.raises(ValueError, match="expected 'auto', 'cg', or 'dual' with a ridge"):
+            fit_square_(model, (x, y), ridge=ridge, method=method)
     with pytest.raises(ValueError, match="with labels y"):
         fit_square_(model, x)
     with pytest.raises(ValueError, match="output_fn"):
