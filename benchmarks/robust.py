@@ -1,20 +1,22 @@
 """Ensembles along a path towards robustness, beside ensembles and networks that cost as much to train.
 
     python -m benchmarks.robust                                     all that is not on record yet
-    python -m benchmarks.robust --split held-out --methods path     on held-out training images, for choices
+    python -m benchmarks.robust --split selection --methods path    on other test images, for choices
     python -m benchmarks.robust --epochs 4 --again
 
 One pretrained network of the folder that FIPGEO_DATA names, and its first training images. Methods:
 
 - "single": the pretrained network itself.
-- "path": `fipgeo.robustify` without labels, then the mean probability of points along it (`fipgeo.PathEnsemble`);
-  "path end" is its last point alone. "gentle path" is the same at a lower learning rate.
+- "path": `fipgeo.robustify` without labels, then the mean probability of networks on the line from its start through
+  its end (`fipgeo.PathEnsemble.towards`); "path end" is its last point alone.
+- "path without metric": the same with `damping=None`.
 - "FGE": fast geometric ensembling (Garipov et al. 2018), training with labels under a cyclical learning rate, a network
   kept at the bottom of each cycle; as many as the path ensemble has.
 - "adversarial": fine-tuning with labels on attacked minibatches alone, one network.
 
 FGE and adversarial fine-tuning get as many seconds of CPU time as "path" took. Training images are mirrored at random
-in these two. Figures: clean accuracy; accuracy under PGD-20 on the method itself (for ensembles on the mean
+in these two. The shares and the size of the attack in training were chosen on test images 5000 to 9999, and figures
+are taken on those before: clean accuracy; accuracy under PGD-20 on the method itself (for ensembles on the mean
 probability), an input counting as lost once any point that the attack meets is misclassified; and "transfer", the
 accuracy on examples made by PGD-20 on the single network. Records go to benchmarks/results/robust.json.
 """
@@ -40,8 +42,7 @@ from fipgeo.attacks import Attack, fgsm, pgd, withstands
 
 CASE = "akamaster_cifar10_resnet20"
 BOX: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "bounds": (0.0, 1.0)}
-PATHS = {"path": 0.05, "gentle path": 0.015}
-"""Learning rates of paths."""
+PATHS = ("path", "path without metric")
 
 METHODS = ("single", *PATHS, "FGE", "adversarial")
 FGE_RATES = (0.01, 0.0005)
@@ -81,17 +82,19 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--split", default="test", choices=("test", "held-out"), help="images that figures are taken on"
+        "--split", default="test", choices=("test", "selection"), help="images that figures are taken on"
     )
-    parser.add_argument("--train", type=int, default=2000, help="training images of all methods")
-    parser.add_argument("--clean", type=int, default=1000, help="images that clean accuracy is measured on")
-    parser.add_argument("--attacked", type=int, default=200, help="the first of them, which are attacked")
-    parser.add_argument("--members", type=int, default=3)
-    parser.add_argument("--begin", type=float, default=0.5, help="where on the path the first member lies")
-    parser.add_argument("--eps", type=float, default=1.0, help="of the attack in training, in 255ths")
+    parser.add_argument("--train", type=int, default=10000, help="training images of all methods")
+    parser.add_argument("--clean", type=int, default=5000, help="images that clean accuracy is measured on")
+    parser.add_argument("--attacked", type=int, default=500, help="the first of them, which are attacked")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.4, 0.8, 1.2], help="of the way to the path's end, one a member"
+    )
+    parser.add_argument("--eps", type=float, default=2.0, help="of the attack in training, in 255ths")
     parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--damping", type=float, default=0.01)
-    parser.add_argument("--refresh", type=int, default=10)
+    parser.add_argument("--refresh", type=int, default=30)
     parser.add_argument("--rows", type=int, default=512, help="outputs in a metric")
     parser.add_argument("--again", action="store_true", help="measure what is on record too")
     parser.add_argument("--threads", type=int, default=1)
@@ -100,16 +103,15 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def case_of(args: argparse.Namespace) -> str:
-    return f"{CASE}/inputs={args.train}" + ("" if args.split == "test" else "/held-out")
+    return f"{CASE}/inputs={args.train}" + ("" if args.split == "test" else "/selection")
 
 
 def measured(methods: Sequence[str], seed: int, args: argparse.Namespace) -> Any:
     """The records of one method after the other; FGE and adversarial fine-tuning take as long as the path did."""
     model, x, x_test, y_test = pretrained.load(CASE, args.train)
     labels = pretrained._labels("cifar10", "train")
-    if args.split == "held-out":
-        x_test, y_test = pretrained.held_out(CASE, 5000, 5000 + args.clean), labels[5000:]
-    x_test, y_test = x_test[: args.clean], y_test[: args.clean]
+    first = 5000 if args.split == "selection" else 0
+    x_test, y_test = (part[first : first + args.clean] for part in (x_test, y_test))
     few = x_test[: args.attacked], y_test[: args.attacked]
     transfers = {eps: pgd(eps / 255, 20, **BOX)(model, *few, generator=seed) for eps in (2, 4)} if methods else {}
     attack = fgsm(args.eps / 255, random=True, **BOX)
@@ -124,7 +126,7 @@ def measured(methods: Sequence[str], seed: int, args: argparse.Namespace) -> Any
         elif method != "single" and spent is None:
             raise SystemExit(f"{method} takes as long as the path did; measure --methods path first")
         elif method == "FGE":
-            found, notes = cycled(model, x, labels[: len(x)], spent or 0.0, args.members, seed)
+            found, notes = cycled(model, x, labels[: len(x)], spent or 0.0, len(args.shares), seed)
         elif method == "adversarial":
             found, notes = hardened(model, x, labels[: len(x)], attack, spent or 0.0, seed)
         notes["train_seconds"] = round(time.process_time() - begun, 1)
@@ -138,12 +140,12 @@ def walked(
     method: str, model: nn.Module, x: Tensor, attack: Attack, seed: int, args: argparse.Namespace
 ) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """The ensemble along a path, and the path's last point."""
-    options = {"epochs": args.epochs, "lr": PATHS[method], "damping": args.damping, "refresh": args.refresh}
-    verdict = pretrained.held_out(CASE, 9800, 10000)
-    path = fipgeo.robustify(model, x, attack, max_rows=args.rows, held_out=verdict, generator=seed, **options)
-    several = fipgeo.PathEnsemble.along(path, model, args.members, begin=args.begin)
-    notes = options | {"eps": args.eps, "rows": args.rows, "members": len(several), "begin": args.begin}
-    notes |= {"steps": list(several.steps), "drifts": [round(p.drift, 3) for p in path]}
+    options: dict[str, Any] = {"epochs": args.epochs, "lr": args.lr, "refresh": args.refresh}
+    options["damping"] = args.damping if method == "path" else None
+    path = fipgeo.robustify(model, x, attack, max_rows=args.rows, held_out=0.02, generator=seed, **options)
+    several = fipgeo.PathEnsemble.towards(path, model, args.shares)
+    notes = options | {"eps": args.eps, "rows": args.rows, "shares": args.shares}
+    notes |= {"drifts": [round(p.drift, 3) for p in path]}
     return {method: several, f"{method} end": path[-1].apply_(copy.deepcopy(model))}, notes
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -94,6 +94,33 @@ class PathEnsemble(nn.Module):
             rest = [point for point in stored if point not in chosen]
             chosen.append(min(rest, key=lambda point: abs(point.arc_length - length)))
         return cls(model, sorted(chosen, key=lambda point: point.step))
+
+    @classmethod
+    def towards(cls, path: PathResult, model: nn.Module, shares: Sequence[float] = (0.4, 0.8, 1.2)) -> PathEnsemble:
+        """Networks on the straight line from a path's start through its end, theta_0 + share (theta_end - theta_0).
+
+        On the way back the old function returns sooner than what the path gained is lost (Wortsman et al., Robust
+        Fine-Tuning of Zero-Shot Models, CVPR 2022); a share beyond 1 goes on in the same direction.
+
+        Args:
+            path: The path, with weights of its start and its end (`store="last"` will do).
+            model: The network whose path it is.
+            shares: Of the way, one for each member; buffers that are no floats are those of the end.
+
+        Raises:
+            ValueError: There is no share or one below 0, or the start or the end was not stored.
+        """
+        start, end = path[0], path[-1]
+        if not shares or not all(share >= 0 for share in shares):
+            raise ValueError(f"shares: got {list(shares)}, expected at least one, none of them below 0")
+        if start.tensors is None or end.tensors is None:
+            raise ValueError("towards: the start or the end was not stored; walk with store='all' or 'last'")
+        pairs = {name: (start.tensors[name], there) for name, there in end.tensors.items()}
+        points = [
+            replace(end, tensors={n: a.lerp(b, share) if b.is_floating_point() else b for n, (a, b) in pairs.items()})
+            for share in shares
+        ]
+        return cls(model, points)
 
     def __len__(self) -> int:
         """Number of members."""

@@ -176,6 +176,19 @@ def test_members_lie_evenly_along_the_path(path: PathResult) -> None:
     assert PathEnsemble.along(thin, model, 5).steps == (2, 3)
 
 
+@given(SEEDS, st.lists(st.floats(0, 2), min_size=1, max_size=3))
+def test_members_lie_on_the_line_from_the_start_through_the_end(
+    path: PathResult, seed: int, shares: list[float]
+) -> None:
+    model, x = mlp(0, hidden=16), draw(seed, 12, 5)
+    several, (start, end) = PathEnsemble.towards(path, model, shares), (path[0].tensors, path[-1].tensors)
+    assert start is not None and end is not None and len(several) == len(shares)
+    nets = [loaded(model, {n: (1 - s) * start[n] + s * end[n] for n in end}) for s in shares]
+    assert torch.allclose(several.each(x).exp(), torch.stack([net(x).softmax(1) for net in nets]), rtol=1e-9)
+    ends = PathEnsemble.towards(path, model, [0.0, 1.0]).each(x)
+    assert torch.allclose(ends, PathEnsemble(model, [path[0], path[-1]]).each(x), rtol=1e-9)
+
+
 def test_the_ensemble_leaves_the_model_alone_and_can_be_attacked(path: PathResult) -> None:
     model, x, y = mlp(0, hidden=16).train(), draw(5, 30, 5), labels(0, 30)
     with unchanged(model, x):
@@ -200,6 +213,11 @@ def test_useless_ensembles_are_named(path: PathResult) -> None:
         PathEnsemble(mlp(0, hidden=4), [path[1]])
     with pytest.raises(ValueError, match="along: got count=0"):
         PathEnsemble.along(path, model, 0)
+    for shares in ([], [0.5, -0.1]):
+        with pytest.raises(ValueError, match="none of them below 0"):
+            PathEnsemble.towards(path, model, shares)
+    with pytest.raises(ValueError, match="the start or the end was not stored"):
+        PathEnsemble.towards(path.thinned([2, 3]), model)
 
 
 @given(SEEDS, st.integers(2, 5))
