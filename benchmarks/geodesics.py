@@ -26,7 +26,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,16 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     for seed in args.seeds:
         for case in args.cases:
-            known = {(r["case"], r["seed"]) for r in read("geodesics", args.folder)}
-            if (case, seed) in known and not args.again:
-                continue
-            if case in predictors.NETWORKS:
-                records = predictors.measured(case, seed, args.inputs)
-            else:
-                records = speed(case, seed) if case in NETWORKS else connected(case, seed, args)
-            write("geodesics", [{"case": case, "seed": seed} | r for r in records], args.folder)
-            for r in records:
-                print(f"{case:<22} {r['method']:<16} {r['figure']:<14} {r['value']:.4g} {r['unit']}", flush=True)
+            for records in measured(case, seed, args):
+                write("geodesics", [{"case": case, "seed": seed} | r for r in records], args.folder)
+                for r in records:
+                    print(f"{case:<22} {r['method']:<16} {r['figure']:<14} {r['value']:.4g} {r['unit']}", flush=True)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -104,10 +98,28 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--inputs", type=int, default=100, help="unlabelled inputs of a predictor's metric")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=list(predictors.SETTINGS),
+        choices=list(predictors.SETTINGS),
+        help="directions and dampings of a predictor's steps",
+    )
     parser.add_argument("--again", action="store_true", help="measure what is on record too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
     return parser.parse_args(arguments)
+
+
+def measured(case: str, seed: int, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The records of a case, as they come; what is on record is not measured again unless that is asked for."""
+    found = [r["method"] for r in read("geodesics", args.folder) if (r["case"], r["seed"]) == (case, seed)]
+    known = [] if args.again else found
+    if case in predictors.NETWORKS:
+        settings = [setting for setting in args.settings if not any(method.endswith(setting) for method in known)]
+        yield from predictors.measured(case, seed, args.inputs, settings)
+    elif not known:
+        yield speed(case, seed) if case in NETWORKS else connected(case, seed, args)
 
 
 def speed(case: str, seed: int) -> list[dict[str, Any]]:

@@ -7,14 +7,15 @@ v = mu (g + mu)^{-1} d brought to length 1, in n equal steps h:
 | --- | --- | --- |
 | first order | h v | 1 |
 | second order | h v + h^2 a / 2, a = -(g + mu)^{-1} R^T z''[v, v] / N, the acceleration of the geodesic | 2 |
+| rough second order | the same, with a solved by conjugate gradients to a relative residual of 0.1 only | 2 |
 | chord | h v + w, w = -(g + mu)^{-1} R^T (z(theta + h v) - z(theta) - h R v) / N | 2 |
-| rough chord | the same, with w solved by conjugate gradients to a relative residual of 0.1 only | 2 |
+| rough chord | the same, with w solved as roughly | 2 |
 
 `drift` is that of the outputs on the inputs which the metric is made of, at the end of the way, in units of their
 spread. A metric product is one product of g with a vector: those that conjugate gradients take for each solve at the
 start of the way (to a relative residual of 1e-3), and two more for each z''[v, v] or z(theta + h v). The length is the
-one at which a single step of first order drifts by a tenth of the spread. `saved_products` compares second order or
-chord, with as many steps as the name says, to first order at the same drift: the number of its steps is interpolated
+one at which a single step of first order drifts by a tenth of the spread. `saved_products` compares a method,
+with as many steps as the name says, to first order at the same drift: the number of its steps is interpolated
 between those measured, and where even the most of them drift by more, the figure is a lower bound and `bound` is true.
 `saved_metrics` counts the points at which a metric is made, where a factor of it makes every further solve cheap.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +41,15 @@ from fipgeo.paths.verdict import spread_of
 NETWORKS = {
     "predictor/lenet5": "sfd_mnist_lenet5",
     "predictor/resnet8": "kd_cifar10_resnet8",
+    "predictor/mnist_vit": "gaurav_mnist_vit",
+    "predictor/cifar10_vit": "smmk47_cifar10_vit",
 }
 SETTINGS = {"random, null space": ("random", 0.0), "task, null space": ("task", 0.0), "task, damped": ("task", 1e-3)}
 """Wishes, and dampings as multiples of the mean non-zero eigenvalue of g."""
-STEPS = {"first order": (2, 8, 32), "second order": (2, 4), "chord": (2, 4), "rough chord": (2, 4)}
+STEPS = {
+    "first order": (2, 8, 32),
+    **dict.fromkeys(("second order", "rough second order", "chord", "rough chord"), (2, 4)),
+}
 TIGHT, ROUGH = 1e-3, 0.1
 """Relative residuals of the solves that are counted."""
 
@@ -74,7 +81,7 @@ class Mover:
             gradients = torch.autograd.grad(cross_entropy(model(x), labels), chosen)
             d = -self.field.space.ravel(dict(zip(self.field.space.names, gradients, strict=True)))
         self.first = self.moves(self.start)
-        self.wish, self.counted = d / d.norm(), list[int]()
+        self.wish, self.counted = d / d.norm(), dict[str, list[int]]()
 
     def moves(self, theta: Tensor) -> Compensation:
         """Solves with the metric at some weights."""
@@ -92,20 +99,24 @@ class Mover:
             v = moves.passed(self.wish)
             v = h * v / v.norm()
             new = theta + v
-            if method == "second order":
-                new = new + moves(self.chart.taylor(theta, v[None], v).second[0].to(v)) / 2
-            if method.endswith("chord"):
-                before, after = (self.kept.residual(Position(at)) for at in (theta, new))
-                bend = after - before - moves.root(v)
-                new = new + (moves(bend) if method == "chord" else self.rough(moves, bend))
+            if method != "first order":
+                bend = self.bend(method, moves, theta, v)
+                new = new + (self.rough(method, moves, bend) if method.startswith("rough") else moves(bend))
             theta = new
         return self.drift(theta)
 
-    def rough(self, moves: Compensation, bend: Tensor) -> Tensor:
+    def bend(self, method: str, moves: Compensation, theta: Tensor, v: Tensor) -> Tensor:
+        """What a method believes a step v to change beyond R v: half of z''[v, v], or what it was."""
+        if method.endswith("second order"):
+            return self.chart.taylor(theta, v[None], v).second[0].to(v) / 2
+        before, after = (self.kept.residual(Position(at)) for at in (theta, theta + v))
+        return after - before - moves.root(v)
+
+    def rough(self, method: str, moves: Compensation, bend: Tensor) -> Tensor:
         """The move that takes most of a change of the outputs back, by conjugate gradients; counts their products."""
         rhs = moves.root.adjoint(bend) / moves.num_examples
         found = cg(Gram(moves.root, 1 / moves.num_examples), rhs, damping=self.shift, rtol=ROUGH)
-        self.counted.append(found.num_products)
+        self.counted.setdefault(method, []).append(found.num_products)
         return -found.value
 
     @property
@@ -132,26 +143,32 @@ class Mover:
         return found[0].num_products, found[1].num_products + 2
 
 
-def measured(case: str, seed: int, count: int) -> list[dict[str, Any]]:
-    """Drifts of all methods, and what the second order saves at equal drift."""
-    records = []
-    for setting, (wish, damping) in SETTINGS.items():
+def measured(case: str, seed: int, count: int, settings: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    """Drifts of all methods, and what the second order saves at equal drift, one setting after the other."""
+    for setting in settings:
+        wish, damping = SETTINGS[setting]
+        records = []
         begun = time.process_time()
         mover = Mover(NETWORKS[case], count, wish, damping, seed)
         length, (one, two) = mover.length(), mover.products()
         drifts = {m: {n: mover.walk(m, n, length) for n in counts} for m, counts in STEPS.items()}
-        few = 2 + sum(mover.counted) / len(mover.counted)
-        notes = {"inputs": count, "length": length, "weights": float(mover.start.norm()), "products": [one, two, few]}
+        more = {m: 2 + sum(mover.counted[m]) / len(mover.counted[m]) if m in mover.counted else two for m in STEPS}
+        notes = {
+            "inputs": count,
+            "length": length,
+            "weights": float(mover.start.norm()),
+            "products": {"step": one} | more,
+        }
         notes |= {"seconds": round(time.process_time() - begun, 1)}
         notes |= {"drifts": {m: {str(n): round(v, 6) for n, v in of.items()} for m, of in drifts.items()}}
-        for method, more in (("second order", two), ("chord", two), ("rough chord", few)):
+        for method in list(STEPS)[1:]:
             for n, drift in drifts[method].items():
                 needed, bound = steps_for(drifts["first order"], drift)
                 record = {"method": f"{method}, {n} steps, {setting}", "unit": "times", "drift": drift}
                 record |= {"steps_first": needed, "bound": bound}
-                for figure, value in (("products", needed * one / (n * (one + more))), ("metrics", needed / n)):
+                for figure, value in (("products", needed * one / (n * (one + more[method]))), ("metrics", needed / n)):
                     records.append(notes | record | {"figure": f"saved_{figure}", "value": value})
-    return records
+        yield records
 
 
 def steps_for(drifts: dict[int, float], wanted: float) -> tuple[float, bool]:

@@ -21,7 +21,7 @@ from fipgeo.paths.control import StepControl
 from fipgeo.paths.correctors import Corrector
 from fipgeo.paths.joined import Joined
 from fipgeo.paths.kept import Kept, Position
-from fipgeo.paths.objectives import Objective
+from fipgeo.paths.objectives import Objective, Proposal
 from fipgeo.paths.record import Leg, PathPoint, PathResult
 from fipgeo.paths.start import Inputs, Opening, check_same, from_checkpoint, settings_of, under
 from fipgeo.paths.state import PathState
@@ -48,6 +48,9 @@ class Method:
         corrector: What brings the outputs back.
         damping: mu of the predictor, as a multiple of the mean non-zero eigenvalue of the metric; 0 to step in its null
             space; None or infinity to step without a metric and leave everything to the corrector.
+        order: Of the predictor. 2 takes back, by the predictor's own moves, what outputs turned out to change beyond
+            first order in the step, z(theta + v) - z(theta) - R v, for two more evaluations of the inputs of that
+            metric: in its null space the drift of a step of length h is then of order h^3 instead of h^2.
         max_rows: Embedded outputs in the predictor's metric; more protected inputs than that are sampled anew for
             every step.
         budget: Largest drift allowed on the control inputs, or None. The drift of a point is measured on others, and
@@ -60,6 +63,7 @@ class Method:
     control: StepControl
     corrector: Corrector
     damping: float | None = 1e-2
+    order: int = 1
     max_rows: int = 1024
     budget: float | None = None
     max_steps: int = 200
@@ -73,6 +77,8 @@ class Method:
             raise ValueError(
                 f"damping: got {self.damping}, expected 0 (null space), a positive number, or None for no metric"
             )
+        if self.order not in (1, 2):
+            raise ValueError(f"order: got {self.order}, expected 1 or 2")
         for key, least in (("max_steps", 1), ("max_rows", 1)):
             if not getattr(self, key) >= least:
                 raise ValueError(f"{key}: got {getattr(self, key)}, expected at least {least}")
@@ -258,7 +264,7 @@ class _Walker:
         proposal = self.objective.propose(
             self.kept, state.position, state.objective, state.size, self.predictor, self.generator
         )
-        begun = self.kept.moved(proposal.position, proposal.position.theta)
+        begun, bent = self.straightened(state.position, proposal)
         final = self.objective.landmark(proposal.state)
         won = self.objective.beside(self.kept) if final and not self.method.corrector.idle else ()
         kept = Joined.here(self.kept, won, begun) if won else self.kept
@@ -277,9 +283,18 @@ class _Walker:
             position=self.kept.moved(corrected.position, corrected.position.theta),
             objective=proposal.state,
             corrector=corrected.state,
-            cost=state.cost + proposal.cost + corrected.cost + self.control.num_examples + new_outputs,
+            cost=state.cost + proposal.cost + bent + corrected.cost + self.control.num_examples + new_outputs,
         )
         return new, None if proposal.predicted is None else proposal.predicted / self.control.spread
+
+    def straightened(self, before: Position, proposal: Proposal) -> tuple[Position, float]:
+        """Where a correction begins, without what outputs change beyond first order; and evaluations for that."""
+        after, moves = self.kept.moved(proposal.position, proposal.position.theta), proposal.moves
+        if self.method.order == 1 or moves is None:
+            return after, 0.0
+        first = moves.root(after.theta - before.theta)
+        bend = moves.kept.residual(after) - moves.kept.residual(before) - first
+        return self.kept.moved(after, after.theta + moves(bend)), 4.0 * moves.num_examples  # two and two by R
 
     def predictor(self, position: Position, free: Tensor) -> Compensation | None:
         """The tangent moves at a position, on as many protected inputs as the method allows."""
