@@ -42,7 +42,7 @@ def stream() -> Stream:
 def lesson(memory: bool = True) -> Lesson:
     model, (first, second, _) = tiny(), tasks()
     kept = Memory.empty(first).adding(model, first, 6 if memory else 0, 0)
-    return Lesson(streams.grown(model, "7", 4), model, second, kept, [first], 80, 10, head="7")
+    return Lesson(streams.grown(model, "7", 4), model, second, kept, [first], 50, 10, head="7")
 
 
 @pytest.mark.parametrize("name", learn.METHODS)

@@ -128,7 +128,8 @@ def float32_default(float64_default: None) -> None:
     torch.set_default_dtype(torch.float32)
 
 
-def test_the_readme_example_runs_and_is_short(float32_default: None) -> None:
+@pytest.mark.usefixtures("float32_default", "walked_briefly")
+def test_the_readme_example_runs_and_is_short() -> None:
     blocks = python_blocks(README)
     assert len(blocks) == 1
     block = README.read_text().split("```python\n")[1].split("```")[0]
@@ -143,12 +144,14 @@ def test_the_readme_example_runs_and_is_short(float32_default: None) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: str(page.relative_to(DOCS)))
-def test_executed_blocks_of_the_pages_run(page: Path, float32_default: None, drawn_once: None) -> None:
+@pytest.mark.usefixtures("float32_default", "drawn_once", "walked_briefly")
+def test_executed_blocks_of_the_pages_run(page: Path) -> None:
     run_blocks(page, {}, EXECUTED)
 
 
 @pytest.mark.parametrize("page", ["atlas", "geodesics", "optim", "robustness", "tangent"])
-def test_blocks_of_the_api_pages_run_with_what_they_take_as_given(page: str, float32_default: None) -> None:
+@pytest.mark.usefixtures("float32_default", "drawn_once", "walked_briefly")
+def test_blocks_of_the_api_pages_run_with_what_they_take_as_given(page: str) -> None:
     path = DOCS / "api" / f"{page}.md"
     assert python_blocks(path)
     with torch.random.fork_rng():

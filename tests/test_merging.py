@@ -29,7 +29,7 @@ def tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     weights=st.lists(st.floats(-2, 2), min_size=1, max_size=3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
 )
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_the_file_holds_the_sum(
     seed: int, weights: list[float], dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

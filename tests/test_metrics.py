@@ -18,7 +18,7 @@ from .hygiene import unchanged
 from .models import CASES, build, cut
 
 SEEDS = st.integers(0, 2**20)
-few = settings(max_examples=4)  # a metric takes some hundredths of a second, and its numbers hardly depend on the seed
+few = settings(max_examples=2)  # a metric takes some hundredths of a second, and its numbers hardly depend on the seed
 ENGINES = ("autodiff", "linearised", "factored", "materialised")
 
 

@@ -152,19 +152,12 @@ def data_of(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["tensor", "loader"])
 @pytest.mark.parametrize("name", READERS)
-def test_nothing_is_changed(name: str, kind: str) -> None:
-    module, data = Failing(), data_of(kind)
-    with unchanged(module, data):
-        READERS[name](module, data)
-
-
-@pytest.mark.parametrize("kind", ["tensor", "loader"])
-@pytest.mark.parametrize("name", READERS)
-def test_nothing_is_changed_when_the_forward_fails(name: str, kind: str) -> None:
+def test_nothing_is_changed_and_nothing_when_the_forward_fails(name: str, kind: str) -> None:
     counter, data = Failing(), data_of(kind)
-    READERS[name](counter, data)
+    with unchanged(counter, data):
+        READERS[name](counter, data)
     total = counter.calls.count
-    for fails_at in sorted({min(3, total), total} - {0}):
+    for fails_at in sorted({min(3, total) if kind == "tensor" else total, total} - {0}):
         module, data = Failing(fails_at), data_of(kind)
         kept = None  # the traceback keeps frames, generators and contexts alive, as it does in a notebook
         with unchanged(module, data):

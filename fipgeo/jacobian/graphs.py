@@ -108,13 +108,13 @@ def saved(root: Tensor) -> list[Tensor]:
     """The tensors that backward formulas below `root` keep."""
     out: list[Tensor] = []
     seen: set[Node] = set()
-    todo = [root.grad_fn] if root.grad_fn is not None else []
-    while todo:
-        node = todo.pop()
+    stack = [root.grad_fn] if root.grad_fn is not None else []
+    while stack:
+        node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        todo.extend(parent for parent, _ in node.next_functions if parent is not None)
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
         for key in dir(node):
             if key.startswith("_saved_") or key == "saved_tensors":
                 value = getattr(node, key)

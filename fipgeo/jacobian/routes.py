@@ -24,16 +24,23 @@ def searched(k: int) -> int:
     return 3 * k + 20
 
 
-def cheapest_solver(root: LinearOperator, count: int, dampings: int) -> str:
-    """The cheapest of "dual", "dense", "cg" and "nystrom" for a number of right-hand sides and dampings."""
+def cheapest_solver(root: LinearOperator, count: int, dampings: int, iterations: float = ITERATIONS) -> str:
+    """The cheapest of "dual", "dense", "cg" and "nystrom" for a number of right-hand sides and dampings.
+
+    Args:
+        root: R.
+        count: Right-hand sides.
+        dampings: Dampings of each.
+        iterations: Those of conjugate gradients that are expected for one of them.
+    """
     rows, dim = root.shape
     if not isinstance(root, JacobianRoot):
         return _by_size(rows, dim, "cg")
     costs, most = root.costs, root.max_bytes
     pairs = count * dampings
-    ways = {"cg": costs.least(ITERATIONS * count, most)}  # all dampings share one Krylov space
+    ways = {"cg": costs.least(iterations * count, most)}  # all dampings share one Krylov space
     if count >= 4:  # one sketch for all; each solve then takes a third of the iterations or less
-        ways["nystrom"] = costs.least(SKETCH + ITERATIONS * pairs / 3, most)
+        ways["nystrom"] = costs.least(SKETCH + iterations * pairs / 3, most)
     if 16 * rows**2 <= most:
         ways["dual"] = costs.dual(4 * pairs, most) + WIDE * rows**3
     if 16 * dim**2 <= most and dim < rows:

@@ -76,15 +76,15 @@ def to_prune_(model: nn.Module, where: Where = None) -> nn.Module:
         raise ValueError(f"model: {held[0]} is held by a mask already; call to_dense_(model) first")
     named = dict(model.named_parameters(remove_duplicate=False))
     masks = as_masks(named, where)
-    todo = {name: mask for name, mask in masks.items() if not mask.all()}
-    for name in todo:
+    pruned = {name: mask for name, mask in masks.items() if not mask.all()}
+    for name in pruned:
         others = [n for n, p in named.items() if p is named[name] and n != name]
         if others:
             raise ValueError(
                 f"where: {name} is the same tensor as {others[0]}, which masks would tear apart; leave both out, with"
                 f" where=lambda name, tensor: tensor.dim() > 1 and name not in {sorted([name, *others])}"
             )
-    for name, mask in todo.items():
+    for name, mask in pruned.items():
         path, _, local = name.rpartition(".")
         module = model.get_submodule(path)
         order = list(module._parameters)

@@ -127,8 +127,7 @@ def test_columns_made_for_few_entries_at_a_time(name: str, seed: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("tight", [False, True], ids=["generous", "tight"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "tight"), [(name, bool(i % 2)) for i, name in enumerate(KINDS)])
 def test_every_kind_of_layer(name: str, tight: bool) -> None:
     module, inputs = prepared(KINDS[name])
     expected = oracles.root(module, inputs)
@@ -138,7 +137,7 @@ def test_every_kind_of_layer(name: str, tight: bool) -> None:
         assert oracles.relative(root.chosen(free), expected[:, free]) < 1e-10
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(SEEDS, st.sampled_from([(5,), (2, 2, 1)]))
 @pytest.mark.parametrize("max_bytes", [2**30, 1], ids=["factors", "plain"])
 @pytest.mark.parametrize("name", NETS)

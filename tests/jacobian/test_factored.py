@@ -62,12 +62,12 @@ def names_in_factors(root: FactoredRoot, module: nn.Module) -> set[str]:
 
 
 def check(root: FactoredRoot, expected: Tensor, tolerance: float = 1e-10) -> None:
-    """Every product three times over, in singles and stacks, and the Gram matrix, against dense rows."""
+    """Every product twice over, in singles and stacks, and the Gram matrix, against dense rows."""
     m, n = expected.shape
     generator = torch.Generator().manual_seed(7)
     x, y = torch.randn(3, n, generator=generator), torch.randn(2, m, generator=generator)
     assert tuple(root.shape) == (m, n)
-    for _ in range(3):
+    for _ in range(2):
         assert oracles.relative(root(x), x @ expected.T) < tolerance
         assert oracles.relative(root.adjoint(y), y @ expected) < tolerance
         assert oracles.relative(root.normal(x), x @ expected.T @ expected) < tolerance
@@ -120,7 +120,7 @@ LAYOUTS = (
     sizes=st.sampled_from([(5,), (4, 1), (2, 3), (1, 1, 1, 1, 1), (2, 1, 2)]),
     tight=st.booleans(),
 )
-@settings(max_examples=20)
+@settings(max_examples=6)
 def test_batches_do_not_matter(seed: int, name: str, sizes: tuple[int, ...], tight: bool) -> None:
     module, inputs = prepared(KINDS[name], seed)
     expected = oracles.root(module, inputs)

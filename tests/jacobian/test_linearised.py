@@ -38,7 +38,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def check(found: LinearisedRoot, expected: Tensor) -> None:
     m, n = expected.shape
     x, y = draw(3, n), draw(3, m)
-    for call in range(3):
+    for call in range(2):
         x, y = draw(3, n, seed=call), draw(3, m, seed=call + 10)
         assert oracles.relative(found(x), x @ expected.T) < 1e-10
         assert oracles.relative(found(x[0]), expected @ x[0]) < 1e-10

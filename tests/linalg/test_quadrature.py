@@ -122,7 +122,7 @@ def test_counts_hold_within_their_errors(name: str) -> None:
 
 
 @given(seed=st.integers(0, 2**20), log=st.booleans(), deflated=st.booleans())
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_the_density_integrates_to_the_number_of_eigenvalues(seed: int, log: bool, deflated: bool) -> None:
     values = torch.cat([draw(seed, 40).abs() + 0.5, -torch.ones(10)])
     a = Dense(prescribed(seed, values), symmetric=True)

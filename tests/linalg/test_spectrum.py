@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,6 +52,7 @@ def check(found: Spectrum, dense: Tensor, k: int, tol: float = 1e-6) -> None:
 
 @pytest.mark.parametrize("name", SPECTRA)
 @given(seed=st.integers(0, 2**20), k=st.integers(1, 25), block_size=st.sampled_from([1, 2, 5]))
+@settings(max_examples=4)
 def test_lanczos_finds_prescribed_spectra(name: str, seed: int, k: int, block_size: int) -> None:
     dense = prescribed(seed, SPECTRA[name])
     counting = Counting(Dense(dense, symmetric=True))

@@ -34,7 +34,7 @@ def dense_gram(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @given(SEEDS, st.integers(1, 9))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_leverage_is_the_trace_of_the_ridge_projector(seed: int, count: int) -> None:
     gram = dense_gram(net(seed), draw(seed, 10, 3))
     scores = buffer.leverage(gram, 2, count)
@@ -57,7 +57,7 @@ def test_leverage_is_the_trace_of_the_ridge_projector(seed: int, count: int) -> 
 
 
 @given(SEEDS, st.integers(1, 10))
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_diverse_takes_what_is_least_said_by_those_before(seed: int, count: int) -> None:
     gram = dense_gram(net(seed), draw(seed, 10, 3))
     chosen = buffer.diverse(gram, 2, count).tolist()
@@ -84,7 +84,7 @@ def test_scores_of_a_field_are_those_of_its_dual_matrix(monkeypatch) -> None:
 
 
 @given(SEEDS, st.integers(1, 30))
-@settings(max_examples=20)
+@settings(max_examples=6)
 def test_balanced_classes_differ_by_one_at_most(seed: int, count: int) -> None:
     model, x = net(seed), draw(seed, 30, 3)
     chosen = select(model, x, count, generator=seed)

@@ -57,7 +57,7 @@ def by_hand(net: nn.Sequential, other: nn.Sequential, x: Tensor) -> float:
     return total
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=4)
 @given(SEEDS)
 @torch.no_grad()
 def test_the_form_is_what_the_maps_would_change(seed: int) -> None:
@@ -73,7 +73,7 @@ def test_the_form_is_what_the_maps_would_change(seed: int) -> None:
     torch.testing.assert_close(root.to_dense() @ d, root(d))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=4)
 @given(SEEDS, st.sampled_from([0.0, 1e-3, 1.0]), st.sampled_from([None, "0.weight 0.bias", "0.bias"]))
 def test_steps_are_those_of_the_dense_metric(seed: int, damping: float, fixed: str | None) -> None:
     net, x = network(seed), draw(seed + 100, 12, 2, 3, 3)
@@ -90,7 +90,7 @@ def test_steps_are_those_of_the_dense_metric(seed: int, damping: float, fixed: s
     torch.testing.assert_close(moves(r), expected, rtol=1e-6, atol=1e-8)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(SEEDS, st.floats(0.1, 5))
 def test_merged_sketches_differ_from_the_sum_by_a_constant(seed: int, weight: float) -> None:
     nets, x = [network(seed), network(seed + 50)], draw(seed + 100, 4, 2, 3, 3)

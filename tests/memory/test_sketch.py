@@ -51,7 +51,7 @@ def made(seed: int, rows: int = 6, *, at: int | None = None, error: float = 0.0)
 
 
 @given(SEEDS, RANKS, METHODS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_the_error_holds_against_the_dense_metric(seed: int, rank: int, method: str) -> None:
     field = field_of(net(seed), seed)
     g = field.at().operator.to_dense()
@@ -68,7 +68,7 @@ def test_the_error_holds_against_the_dense_metric(seed: int, rank: int, method: 
 
 
 @given(SEEDS, st.integers(1, 20))
-@settings(max_examples=5)
+@settings(max_examples=4)
 def test_eigenpairs_make_the_nearest_sketch(seed: int, rank: int) -> None:
     field = field_of(net(seed), seed)
     g = field.at().operator.to_dense()
@@ -80,7 +80,7 @@ def test_eigenpairs_make_the_nearest_sketch(seed: int, rank: int) -> None:
 
 
 @given(SEEDS, RANKS, st.integers(1, 8), st.integers(1, 9))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_the_order_of_a_stream_matters_no_more_than_the_error(seed: int, rank: int, batch: int, block: int) -> None:
     model, x = net(seed), draw(seed, 8, FEATURES)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
@@ -91,7 +91,7 @@ def test_the_order_of_a_stream_matters_no_more_than_the_error(seed: int, rank: i
 
 
 @given(SEEDS, st.integers(1, 14), st.floats(0.01, 10.0), st.floats(0.01, 10.0))
-@settings(max_examples=20)
+@settings(max_examples=6)
 def test_merged_errors_add_up(seed: int, rank: int, w1: float, w2: float) -> None:
     a, b = made(seed, error=0.3), made(seed + 7, 5, error=0.1)
     both = a.merge(b, weights=(w1, w2), rank=rank)
@@ -102,7 +102,7 @@ def test_merged_errors_add_up(seed: int, rank: int, w1: float, w2: float) -> Non
 
 
 @given(SEEDS, st.floats(0.01, 10.0), st.floats(0.01, 10.0))
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_a_merge_of_full_rank_is_the_weighted_sum_up_to_a_constant(seed: int, w1: float, w2: float) -> None:
     a, b = made(seed), made(seed + 7, 5)
     same = Sketch(SPACE, a.rows + 0.3, b.origin + 1)  # rows that depend on others: tasks that can disagree
@@ -115,7 +115,7 @@ def test_a_merge_of_full_rank_is_the_weighted_sum_up_to_a_constant(seed: int, w1
 
 
 @given(SEEDS, st.integers(1, 10))
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_what_a_merge_loses_is_bounded_by_its_error(seed: int, rank: int) -> None:
     a, b = made(seed), made(seed + 7, 5)
     stack = Several([a, b])
@@ -129,7 +129,7 @@ def test_what_a_merge_loses_is_bounded_by_its_error(seed: int, rank: int) -> Non
 
 
 @given(SEEDS, st.floats(-4, 2).map(lambda e: 10.0**e), st.booleans())
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_steps_solve_the_dense_problem(seed: int, damping: float, part: bool) -> None:
     sketch = made(seed).merge(made(seed + 7, 5))
     free = draw(seed + 3, SPACE.dim) > (0 if part else -10)
@@ -161,7 +161,7 @@ def test_a_sketch_and_inputs_go_together() -> None:
 
 
 @given(SEEDS, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.floats(-6, 3))
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_few_digits_are_in_the_error(seed: int, dtype: torch.dtype, exponent: float) -> None:
     exact = made(seed)
     exact = Sketch(SPACE, exact.rows * 10**exponent, exact.origin)

@@ -91,7 +91,7 @@ def adapted(seed: int, **options: Any) -> PathResult:
 @pytest.mark.parametrize(("kind", "store"), [("gauss-newton", "all"), ("first-order", "last")])
 def test_a_checkpoint_at_every_step_is_where_the_path_was(kind: str, store: str, tmp_path: Path) -> None:
     file = tmp_path / "path.safetensors"
-    options: dict[str, Any] = {"corrector": CORRECTORS[kind], "options": {"store": store}}
+    options: dict[str, Any] = {"corrector": CORRECTORS[kind], "options": {"store": store, "max_steps": 4}}
     whole = sparse_path(mlp(0, norm=True), inputs(1, 30), 0.5, **options)
     seen = []
 
@@ -116,9 +116,9 @@ def test_a_raise_in_the_callback_loses_no_accepted_step(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sparse_path(mlp(0), inputs(1, 40), 0.9, checkpoint=file, callback=stop)
+        sparse_path(mlp(0), inputs(1, 20), 0.6, checkpoint=file, callback=stop)
     assert len(PathResult.load(file)) == 3
-    same_paths(sparse_path(mlp(0), inputs(1, 40), 0.9, checkpoint=file), sparse_path(mlp(0), inputs(1, 40), 0.9))
+    same_paths(sparse_path(mlp(0), inputs(1, 20), 0.6, checkpoint=file), sparse_path(mlp(0), inputs(1, 20), 0.6))
 
 
 SCRIPT = """
@@ -136,18 +136,15 @@ for _ in range(int(sys.argv[3])):
 def test_a_killed_walk_goes_on_bit_for_bit(tmp_path: Path) -> None:
     file, source = tmp_path / "path.safetensors", random.Random(os.getpid())
     command = [sys.executable, "-c", SCRIPT, str(TESTS), str(file)]
-    kills = 0
-    for _ in range(2):
-        with subprocess.Popen([*command, "100000"], stdout=subprocess.PIPE, cwd=TESTS.parent) as process:
-            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-            end = time.monotonic() + 60
-            while not file.exists() and time.monotonic() < end:
-                time.sleep(0.002)
-            time.sleep(source.uniform(0, 0.15))
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        assert len(PathResult.load(file)) >= 1  # whole, whenever the kill came
-    assert kills == 2
+    with subprocess.Popen([*command, "100000"], stdout=subprocess.PIPE, cwd=TESTS.parent) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        end = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < end:
+            time.sleep(0.002)
+        time.sleep(source.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert len(PathResult.load(file)) >= 1  # whole, whenever the kill came
     walked = sparse_path(mlp(0, hidden=12), inputs(1, 100), 0.9, corrector=CORRECTORS["first-order"], checkpoint=file)
     same_paths(walked, sparse_path(mlp(0, hidden=12), inputs(1, 100), 0.9, corrector=CORRECTORS["first-order"]))
     assert os.listdir(tmp_path) == ["path.safetensors"]  # what killed writers left is gone
@@ -192,7 +189,7 @@ def test_the_checkpoint_of_another_path_is_refused(what: str, tmp_path: Path) ->
 
 def test_more_steps_and_a_larger_budget_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "path.safetensors"
-    given: dict[str, Any] = {"model": mlp(2), "x": inputs(2, 30), "target": 0.9, "checkpoint": file}
+    given: dict[str, Any] = {"model": mlp(2), "x": inputs(2, 16), "target": 0.9, "checkpoint": file}
     first = sparse_path(**given, options={"budget": 0.25})
     more = sparse_path(**given, options={"budget": 5.0, "max_steps": 300})
     assert first.outcome == "budget" and more.outcome == "reached" and list(more)[: len(first)] == list(first)

@@ -37,7 +37,7 @@ def normal_gap(root: Tensor, count: int, free: Tensor, r: Tensor, w: Tensor, mu:
 
 
 @given(SEEDS, DAMPINGS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_moves_are_the_least_squares_argmin(seed: int, damping: float) -> None:
     kept, position, root = setup(seed)
     free, r = some(seed, root.shape[1]), draw(seed + 2, root.shape[0])
@@ -54,7 +54,7 @@ def test_moves_are_the_least_squares_argmin(seed: int, damping: float) -> None:
 
 
 @given(SEEDS, DAMPINGS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_damping_is_in_units_of_the_mean_nonzero_eigenvalue(seed: int, damping: float) -> None:
     kept, position, root = setup(seed)
     free = some(seed, root.shape[1])
@@ -65,7 +65,7 @@ def test_damping_is_in_units_of_the_mean_nonzero_eigenvalue(seed: int, damping: 
 
 
 @given(SEEDS, DAMPINGS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_the_predictor_is_the_damped_inverse_of_the_dense_metric(seed: int, damping: float) -> None:
     kept, position, root = setup(seed)
     dim = root.shape[1]
@@ -77,7 +77,7 @@ def test_the_predictor_is_the_damped_inverse_of_the_dense_metric(seed: int, damp
 
 
 @given(SEEDS, DAMPINGS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_the_predictor_keeps_the_wish_off_the_free_weights(seed: int, damping: float) -> None:
     kept, position, root = setup(seed)
     free, d = some(seed, root.shape[1]), draw(seed + 2, root.shape[1])
@@ -90,7 +90,7 @@ def test_the_predictor_keeps_the_wish_off_the_free_weights(seed: int, damping: f
 
 
 @given(SEEDS)
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_little_damping_projects_on_the_null_space_and_much_passes_all(seed: int) -> None:
     kept, position, root = setup(seed)
     dim = root.shape[1]
@@ -105,7 +105,7 @@ def test_little_damping_projects_on_the_null_space_and_much_passes_all(seed: int
 
 
 @given(SEEDS)
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_more_damping_moves_less_and_undoes_less(seed: int) -> None:
     kept, position, root = setup(seed)
     free, r = some(seed, root.shape[1]), draw(seed + 2, root.shape[0])
@@ -137,7 +137,7 @@ def test_factored_and_iterated_routes_agree(seed: int, damping: float) -> None:
 
 
 @given(SEEDS, DAMPINGS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_with_every_weight_free_no_rows_are_needed(seed: int, damping: float) -> None:
     kept, position, root = setup(seed, hidden=64)
     free, r, d = torch.ones(root.shape[1], dtype=torch.bool), draw(seed, root.shape[0]), draw(seed + 1, root.shape[1])
@@ -192,7 +192,7 @@ def null_part(root: Tensor, d: Tensor) -> Tensor:
 
 
 @given(SEEDS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_no_damping_is_the_projection_on_the_null_space(seed: int) -> None:
     kept, position, root = setup(seed)
     dim = root.shape[1]
@@ -227,7 +227,7 @@ def test_no_metric_is_the_plain_step(damping: float | None) -> None:
 
 
 @given(SEEDS, st.floats(0.01, 0.99), st.sampled_from([0.0, 1e-3, 1.0]))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_a_wish_is_passed_with_the_length_of_the_trust_region(seed: int, share: float, damping: float) -> None:
     kept, position, root = setup(seed)
     dim = root.shape[1]
@@ -243,7 +243,7 @@ def test_a_wish_is_passed_with_the_length_of_the_trust_region(seed: int, share: 
 
 
 @given(SEEDS, st.floats(0.01, 0.99))
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_outside_the_reach_of_damping_a_trust_region_takes_the_end(seed: int, share: float) -> None:
     kept, position, root = setup(seed)
     dim = root.shape[1]
@@ -256,7 +256,7 @@ def test_outside_the_reach_of_damping_a_trust_region_takes_the_end(seed: int, sh
 
 
 @given(SEEDS, st.floats(0.05, 0.95), st.sampled_from([0.0, 1e-2]))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_an_answer_is_shortened_to_the_trust_region(seed: int, share: float, damping: float) -> None:
     kept, position, root = setup(seed)
     free = some(seed, root.shape[1])
@@ -288,7 +288,7 @@ def test_without_a_factored_gram_a_trust_region_is_searched() -> None:
 
 
 @given(SEEDS, DAMPINGS)
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_the_predicted_change_is_the_dense_one(seed: int, damping: float) -> None:
     kept, position, root = setup(seed)
     free, r = some(seed, root.shape[1]), draw(seed + 2, root.shape[0])

@@ -27,7 +27,7 @@ def joined(model: nn.Module, old: Any, new: list[Any], other: nn.Module) -> tupl
 
 
 @given(seed=SEEDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_old_rows_are_zero_at_the_start_and_new_ones_where_they_were_taken(seed: int) -> None:
     model, other, old, new = mlp(seed), mlp(seed + 1), inputs(seed, 7), inputs(seed + 2, 9)
     both, there = joined(model, old, [new[:4], new[4:]], other)
@@ -42,7 +42,7 @@ def test_old_rows_are_zero_at_the_start_and_new_ones_where_they_were_taken(seed:
 
 
 @given(seed=SEEDS, rows=st.integers(2, 60))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_a_subset_has_half_of_its_rows_from_each(seed: int, rows: int) -> None:
     both, there = joined(mlp(seed), inputs(seed, 12), [inputs(seed + 2, 12)], mlp(seed + 1))
     width = both.shapes[0][1]

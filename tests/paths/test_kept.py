@@ -40,7 +40,7 @@ def containers(x: Tensor) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["tensor", "list", "loader"])
 @given(seed=SEEDS, rows=st.integers(1, 90))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_parts_carry_their_own_reference(kind: str, seed: int, rows: int) -> None:
     model = mlp(seed)
     kept = kept_of(model, containers(inputs(seed, 20))[kind])

@@ -38,7 +38,7 @@ def put(model: nn.Module, kept: Kept, position: Position) -> None:
 
 
 @given(SEEDS, st.integers(1, 9))
-@settings(max_examples=5)
+@settings(max_examples=4)
 def test_a_linear_layer_sees_what_hooks_see(seed: int, batch_size: int) -> None:
     model, x = mlp(seed), inputs(seed + 1, 10)
     kept = kept_of(model, list(x.split(batch_size)))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fipgeo import MetricField, NewTask, PathResult, Sparsity, StepControl, as_batches, walk
-from fipgeo.paths import Leg, Objective, Position, Proposal
+from fipgeo.paths import Leg, NoCorrection, Objective, Position, Proposal
 
 from .toys import (
     CORRECTORS,
@@ -248,3 +248,34 @@ def test_a_path_that_maximises_a_functional_within_a_budget() -> None:
     moved = verdict_by_hand(mlp(0), loaded(mlp(0), fields.map.named(straight)), HELD)
     walked = verdict_by_hand(mlp(0), loaded(mlp(0), free[-1].tensors), HELD)
     assert walked[1] < 0.5 * moved[1]
+
+
+def test_the_second_order_takes_a_power_off_the_drift_of_a_null_space_step() -> None:
+    x = inputs(1, 4).repeat(10, 1)  # so that control inputs are among the protected ones
+    fields = MetricField(mlp(0, hidden=16), x)
+    goal = draw(3, fields.space.dim)
+
+    def drift(order: int, size: float) -> float:
+        control = StepControl(size, size, size, tolerance=1e6)
+        how = method(NoCorrection(), damping=0, order=order, control=control, max_steps=1)
+        path = walk(fields, Steepest(goal), how, held_out=x)
+        assert path.outcome == "max_steps"
+        return path[1].drift
+
+    for order in (1, 2):
+        powers = torch.tensor([drift(order, size) for size in (0.2, 0.1, 0.05)]).log2().diff().neg()
+        assert bool((powers - order - 1).abs().max() < 0.4)
+    with pytest.raises(ValueError, match="order: got 3"):
+        method(NoCorrection(), order=3)
+
+
+def test_the_second_order_changes_nothing_where_outputs_are_linear() -> None:
+    model, x = nn.Linear(5, 3), inputs(1, 20)
+    fields = MetricField(model, x)
+    goal = draw(3, fields.space.dim)
+    first, second = (
+        walk(fields, Steepest(goal), method(NoCorrection(), damping=0.1, order=order, max_steps=2)) for order in (1, 2)
+    )
+    assert first[-1].drift > 0 and first[-1].tensors is not None and second[-1].tensors is not None
+    for name, tensor in first[-1].tensors.items():
+        torch.testing.assert_close(second[-1].tensors[name], tensor, rtol=1e-10, atol=1e-12)

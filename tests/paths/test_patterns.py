@@ -227,7 +227,7 @@ def test_what_cannot_be_is_said(make: Any, match: str) -> None:
 
 
 @given(seed=SEEDS, target=st.floats(0.1, 0.9))
-@settings(max_examples=5)
+@settings(max_examples=3)
 def test_uniform_gives_every_tensor_the_same_share(seed: int, target: float) -> None:
     path = sparse(conv_net(seed), images(seed), target, Unstructured(), allocation="uniform", min_keep=0)
     weights = [w for w in stored(path[-1]).values() if w.dim() > 1]
@@ -237,7 +237,7 @@ def test_uniform_gives_every_tensor_the_same_share(seed: int, target: float) -> 
 
 
 @given(seed=SEEDS, cap=st.floats(0, 0.6))
-@settings(max_examples=5)
+@settings(max_examples=3)
 def test_limits_are_kept_and_the_rest_makes_up_for_them(seed: int, cap: float) -> None:
     model = conv_net(seed)
     path = sparse(model, images(seed), 0.5, Unstructured(), allocation={"0.*": cap, "4.*": 0.9})
@@ -266,7 +266,7 @@ def test_of_equals_the_first_go() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=20)
+@settings(max_examples=6)
 def test_choice_is_that_of_a_plain_loop(seed: int) -> None:
     model = MetricField(conv_net(0), images(0)).map
     space, counted = model.space, weight_mask(model)

@@ -14,7 +14,7 @@ SEEDS = st.integers(0, 10**6)
 
 
 @given(SEEDS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_of_a_linear_layer_it_is_the_metric_row_by_row(seed: int) -> None:
     model, x = filled(nn.Linear(5, 3, bias=False), seed), inputs(seed + 1, 20)
     kept = kept_of(model, x, "euclidean")
@@ -36,7 +36,7 @@ def test_of_a_linear_layer_it_is_the_metric_row_by_row(seed: int) -> None:
 
 
 @given(SEEDS, st.booleans())
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_it_is_symmetric_positive_definite_on_the_free_weights_and_zero_elsewhere(seed: int, norm: bool) -> None:
     kept = kept_of(mlp(seed, norm=norm), inputs(seed + 1, 20))
     free = draw(seed + 2, len(kept.start)) > 0

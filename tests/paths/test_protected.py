@@ -23,7 +23,7 @@ def parts(seed: int, counts: tuple[int, int] = (6, 9)) -> tuple[list[Kept], list
 
 
 @given(SEEDS, WEIGHTS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_several_are_the_weighted_sum(seed: int, weights: list[float]) -> None:
     kept, _ = parts(seed)
     both = Several(kept, weights)
@@ -36,7 +36,7 @@ def test_several_are_the_weighted_sum(seed: int, weights: list[float]) -> None:
 
 
 @given(SEEDS, WEIGHTS, st.booleans())
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_moves_solve_the_weighted_normal_equations(seed: int, weights: list[float], columns: bool) -> None:
     kept, roots = parts(seed)
     position, dim = Position(kept[0].start), roots[0].shape[1]
@@ -55,7 +55,7 @@ def test_moves_solve_the_weighted_normal_equations(seed: int, weights: list[floa
 
 
 @given(SEEDS)
-@settings(max_examples=5)
+@settings(max_examples=4)
 def test_one_part_moves_as_it_does_alone(seed: int) -> None:
     kept, roots = parts(seed)
     position, d = Position(kept[0].start), draw(seed + 5, roots[0].shape[1])
@@ -67,7 +67,7 @@ def test_one_part_moves_as_it_does_alone(seed: int) -> None:
 
 
 @given(SEEDS, st.integers(6, 60))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_subsets_share_the_rows(seed: int, rows: int) -> None:
     kept, _ = parts(seed, (4, 20))
     both = Several(kept, [1.0, 2.0])

@@ -76,7 +76,7 @@ class _Hidden(nn.Module):
 
 
 @given(SEEDS, st.floats(0.1, 10), st.integers(1, 12))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_the_tapped_distance_is_its_definition(seed: int, weight: float, batch_size: int) -> None:
     model, x = residual(seed), inputs(seed + 1, 12)
     kept = kept_of(model, x, batch_size=batch_size).tapped("blocks", weight)
@@ -101,7 +101,7 @@ def test_every_engine_knows_the_jacobian_of_a_tapped_function(engine: str) -> No
 
 
 @given(SEEDS)
-@settings(max_examples=5)
+@settings(max_examples=4)
 def test_gauss_newton_on_a_tapped_function_is_dense_least_squares(seed: int) -> None:
     model, x = residual(seed), inputs(seed + 1, 6)
     kept = kept_of(model, x).tapped("blocks")
@@ -116,7 +116,7 @@ def test_gauss_newton_on_a_tapped_function_is_dense_least_squares(seed: int) -> 
 
 
 @given(SEEDS, st.integers(1, 9))
-@settings(max_examples=6)
+@settings(max_examples=2)
 def test_signed_sums_keep_lengths_on_average(seed: int, width: int) -> None:
     model, x = residual(seed), inputs(seed + 1, 6)
     plain = kept_of(model, x)

@@ -205,13 +205,13 @@ def test_callbacks_get_flat_numbers_of_every_accepted_point() -> None:
 
 
 def test_a_callback_that_returns_true_stops_the_walk() -> None:
-    whole = sparse_path(mlp(0), inputs(3, 40), 0.9)
-    path = sparse_path(mlp(0), inputs(3, 40), 0.9, callback=lambda numbers: numbers["step"] == 2)
+    whole = sparse_path(mlp(0), inputs(3, 20), 0.6)
+    path = sparse_path(mlp(0), inputs(3, 20), 0.6, callback=lambda numbers: numbers["step"] == 2)
     assert path.outcome == "stopped" and len(path) == 3 and "resume" in path.message
-    same_paths(sparse_path(mlp(0), inputs(3, 40), 0.9, resume=path), whole)
-    going_on = sparse_path(mlp(0), inputs(3, 40), 0.9, callback=lambda numbers: [numbers])  # what a logger may return
+    same_paths(sparse_path(mlp(0), inputs(3, 20), 0.6, resume=path), whole)
+    going_on = sparse_path(mlp(0), inputs(3, 20), 0.6, callback=lambda numbers: [numbers])  # what a logger may return
     same_paths(going_on, whole)
-    at_the_end = sparse_path(mlp(0), inputs(3, 40), 0.9, callback=lambda numbers: numbers["sparsity"] >= 0.8)
+    at_the_end = sparse_path(mlp(0), inputs(3, 20), 0.6, callback=lambda numbers: numbers["sparsity"] >= 0.5)
     assert at_the_end.outcome in ("stopped", "reached")
 
 
