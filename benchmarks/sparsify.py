@@ -9,9 +9,8 @@
 The first unlabelled training inputs, all test images, the weights of convolutions and linear layers counted together.
 Test labels are used for the table only. A cell is (network, level, inputs, method, seed); those on record are skipped
 unless --again is given, what matters most comes first, and each is written when it is done, so that a run can be broken
-off and several can share the work (--models). One path of fipgeo gives all levels of a network, each by a full
-correction at its waypoint; its seconds at a level are what the path had taken when it got there, and are the budget of
-every baseline at that level, which all have a run of their own for each level. On one thread (--threads) budgets are
+off and several can share the work (--models). Every level is a run of its own, of fipgeo and of the baselines; the
+seconds that fipgeo takes are the budget of every baseline that trains. On one thread (--threads) budgets are
 CPU time. Records go to benchmarks/results/sparsify.json; docs/sparsity.md and docs/results.md are made from it.
 """
 
@@ -135,7 +134,7 @@ def on_record(cell: Cell, folder: Path) -> bool:
 
 
 def measure(cell: Cell, args: argparse.Namespace) -> None:
-    """Run one cell, or all levels of a path at once, and write what came out."""
+    """Run one cell and write what came out."""
     model, inputs, x_test, y_test = load(cell.model, cell.inputs)
     if cell.method == STATISTICS and not normalised(model):
         return
@@ -150,11 +149,7 @@ def measure(cell: Cell, args: argparse.Namespace) -> None:
     if cell.method == "dense":
         note(0.0, "dense", Found(model, 0.0))
     elif cell.method not in BASELINES:
-        wanted = [c for c in cells(args) if c[2:] == cell[2:] and c.model == cell.model]
-        pending = sorted(c.level for c in wanted if args.again or not on_record(c, args.folder))
-        if cell.level == next(c.level for c in wanted if c.level in pending):
-            for level, found in ours(model, inputs, pending, cell.seed, options(args)):
-                note(level, cell.method, found)
+        note(cell.level, cell.method, ours(model, inputs, cell.level, cell.seed, options(args)))
     else:
         rate = rate_of(cell.model, cell.method, args.folder)
         task = Task(model, inputs, cell.level, cell.seed, Pace(budget(cell, args)), rate)
@@ -163,40 +158,26 @@ def measure(cell: Cell, args: argparse.Namespace) -> None:
         note(cell.level, cell.method, found)
 
 
-def ours(
-    model: nn.Module, inputs: Tensor, targets: list[float], seed: int, options: dict[str, Any]
-) -> list[tuple[float, Found]]:
-    """One path through all levels: the network at each, and what the path had taken when it got there."""
+def ours(model: nn.Module, inputs: Tensor, level: float, seed: int, options: dict[str, Any]) -> Found:
+    """The network at the end of a path to one level, and what the path had taken when it got there."""
     if final := options.get("final_steps"):
         options = {k: v for k, v in options.items() if k != "final_steps"}
         options["corrector"] = fipgeo.FirstOrder(final_steps=final)
-    names, spent, wall, cpu = counted(model), [(0.0, 0.0)], time.perf_counter(), time.process_time()
+    names, wall, cpu = counted(model), time.perf_counter(), time.process_time()
     others = {name for name, _ in model.named_parameters()} - set(names)
-
-    def note(info: Any) -> None:
-        del info
-        spent.append((time.perf_counter() - wall, time.process_time() - cpu))
-
     path = fipgeo.sparsify(
         model,
         inputs,
-        tuple(targets) if len(targets) > 1 else targets[0],  # type: ignore[arg-type]
+        level,
         exclude=(lambda name, _: name not in names) if others else None,
         held_out=HELD_OUT,
         generator=seed,
-        callback=note,
         **options,
     )
-    found = []
-    for level in targets:
-        at = min(range(len(path)), key=lambda i, level=level: (abs(path[i].sparsity - level), -i))
-        point = path[at]
-        more = {"steps": point.step, "drift": round(point.drift, 4), "changed": point.changed}
-        more |= {"upper": point.changed_upper, "outcome": path.outcome, "levels": len(targets)}
-        sparse = point.apply_(copy.deepcopy(model)).eval()
-        if zeros(sparse) >= goal(model, level):
-            found.append((level, Found(sparse, point.cost, *spent[at], more)))
-    return found
+    spent, point = (time.perf_counter() - wall, time.process_time() - cpu), path[-1]
+    more = {"steps": point.step, "drift": round(point.drift, 4), "changed": point.changed}
+    more |= {"upper": point.changed_upper, "outcome": path.outcome}
+    return Found(point.apply_(copy.deepcopy(model)).eval(), point.cost, *spent, more)
 
 
 def budget(cell: Cell, args: argparse.Namespace) -> float:
