@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from fipgeo.data import Generator, as_batches, as_generator
-from fipgeo.jacobian import MAX_BYTES, JacobianRoot, column_squares, inner_products
-from fipgeo.jacobian.routes import ITERATIONS, SKETCH, SMALL, cheapest_solver, cheapest_spectrum, few_digits, searched
+from fipgeo.jacobian import MAX_BYTES, JacobianRoot, column_squares, inner_products, routes
 from fipgeo.linalg import (
     Dense,
     Density,
@@ -26,6 +25,7 @@ from fipgeo.linalg import (
     Estimate,
     Gram,
     LinearOperator,
+    Outcome,
     Solution,
     Spectrum,
     TensorEstimate,
@@ -106,8 +106,8 @@ class Metric:
                 Krylov space, p being the first axis of the solution.
             method: "dual" (factor the N M x N M Gram, then any damping and right-hand side is cheap), "dense" (factor
                 g), "cg" (conjugate gradients), "nystrom" (the same with a randomised low-rank preconditioner), or
-                "auto": what the estimates in `explain` call cheapest for all right-hand sides so far, so that solves
-                which come one by one turn to a factor when it would have paid.
+                "auto": what the estimates in `explain` call cheapest for all right-hand sides so far; iterations that
+                go on for longer than making the factor takes turn to it.
             rtol: The relative residual asked for; None for 1e-6, or what single precision allows.
 
         Returns:
@@ -131,8 +131,10 @@ class Metric:
             )
         if method not in METHODS:
             raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
+        count, limit = rhs.numel() // self.dim, None
         if method == "auto":
-            method = self._route(cheapest_solver, self._iterated + rhs.numel() // self.dim, len(numbers))
+            method = self._route(routes.cheapest_solver, self._iterated + count, len(numbers))
+            limit = routes.patience(self.root, self._iterated + count, len(numbers)) if method == "cg" else None
         if method == "dual":
             return self.dual_factor().solve(rhs, damping, rtol=rtol)
         if method == "dense":
@@ -140,12 +142,16 @@ class Metric:
             if len(numbers) > 1:
                 raise ValueError("method: 'dense' factors one damped matrix at a time; use 'dual' or 'cg' for several")
             return cholesky(self.operator, rhs, damping=numbers[0], rtol=rtol)
-        self._prepare(ITERATIONS * (rhs.numel() // self.dim))
-        self._iterated += rhs.numel() // self.dim
+        self._prepare(routes.ITERATIONS * count)
+        self._iterated += count
         if method == "nystrom":
-            near = nystrom(self.operator, min(SKETCH, self.dim)).preconditioner(min(numbers))
+            near = nystrom(self.operator, min(routes.SKETCH, self.dim)).preconditioner(min(numbers))
             return cg(self.operator, rhs, damping=damping, rtol=rtol, preconditioner=near)
-        return cg(self.operator, rhs, damping=damping, rtol=rtol)
+        found = cg(self.operator, rhs, damping=damping, rtol=rtol, max_iters=limit)
+        if not (limit and found.outcome is Outcome.MAX_ITERATIONS):
+            return found
+        other = self.dual_factor().solve(rhs, damping, rtol=rtol)
+        return replace(other, num_products=found.num_products + other.num_products)
 
     def riemannian_gradient(self, covector: Tensor, damping: float) -> Solution:
         """The steepest direction in the damped metric: (g + damping I)^{-1} covector, for an ordinary gradient.
@@ -194,9 +200,9 @@ class Metric:
         if method not in ("auto", "dual", "dense", "lanczos"):
             raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'lanczos'")
         if method == "auto":
-            method = self._route(cheapest_spectrum, k, rtol)
+            method = self._route(routes.cheapest_spectrum, k, rtol)
         if method == "dual":
-            found = None if self._gram is not None else few_digits(self.root, k, rtol, 1 / self.num_examples)
+            found = None if self._gram is not None else routes.few_digits(self.root, k, rtol, 1 / self.num_examples)
             if found is None:
                 wanted = self.rank_bound if k is None else k
                 found = dual_eigh(self.root, scale=1 / self.num_examples, k=wanted, gram=self._dual_gram(), rtol=rtol)
@@ -204,7 +210,7 @@ class Metric:
             self._prepare(self.dim)
             found = dense_eigh(self.operator, k)
         elif k is not None:
-            self._prepare(searched(k))
+            self._prepare(routes.searched(k))
             source = as_generator(generator)
             found = root_lanczos(self.root, k, scale=1 / self.num_examples, rtol=rtol, generator=source)
         else:
@@ -236,7 +242,7 @@ class Metric:
         """
         if not damping > 0:
             raise ValueError(f"damping: got {damping}, expected a positive number: g alone is singular")
-        if self._route(cheapest_spectrum, None) == "dual":
+        if self._route(routes.cheapest_spectrum, None) == "dual":
             values = self.dual_factor().eigenvalues
             rest = (self.dim - len(values)) * math.log(damping)
             return Estimate(float((values + damping).log().sum()) + rest, 0.0, 0)
@@ -273,7 +279,7 @@ class Metric:
         Raises:
             ValueError: The metric is too large for a whole spectrum; ask `spectrum(k).rank(tol)` instead.
         """
-        if self._route(cheapest_spectrum, None) != "dual":
+        if self._route(routes.cheapest_spectrum, None) != "dual":
             return self.spectrum(None).rank(tol)
         found = dual_eigh(self.root, scale=1 / self.num_examples, gram=self._dual_gram(), vectors=False)
         return found.rank(tol)
@@ -326,7 +332,7 @@ class Metric:
             raise ValueError(f"basis: got shape {list(basis.shape)}, expected [{self.dim}, r]")
         rows, r = self.root.shape[0], basis.shape[1]
         product = self.root @ basis
-        if rows * r * 8 <= MAX_BYTES and r <= min(self.dim, SMALL):
+        if rows * r * 8 <= MAX_BYTES and r <= min(self.dim, routes.SMALL):
             product = Dense(product.to_dense())
         pulled = Metric(product, self.num_examples)
         pulled._origin = (self, basis)
@@ -350,7 +356,10 @@ class Metric:
         """How products are computed, what every engine would take, and which way solves and spectra go."""
         if not isinstance(self.root, JacobianRoot):
             return repr(self)
-        solve, few = self._route(cheapest_solver, 1, 1), self._route(cheapest_spectrum, min(20, self.rank_bound))
+        solve, few = (
+            self._route(routes.cheapest_solver, 1, 1),
+            self._route(routes.cheapest_spectrum, min(20, self.rank_bound)),
+        )
         return (
             f"{self.root.explain()}\nK = R R^T takes {self.root.costs.gram / self.root.costs.forward:.1f} forward"
             f" passes; a damped solve goes by {solve!r}, up to 20 eigenpairs by {few!r}"

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fipgeo import Categorical, Metric, Sketched, metric, principal_angles, sketch_error, sketch_trace
-from fipgeo.linalg import Dense
+from fipgeo.jacobian.routes import patience
+from fipgeo.linalg import Dense, Outcome, cg
 
 from . import oracles
 from .models import build
@@ -296,7 +297,7 @@ def test_solves_one_by_one_come_to_the_factor_that_all_at_once_would_take(monkey
         asked.append(count)
         return "cg" if count < 3 else "dual"
 
-    monkeypatch.setattr("fipgeo.metrics.cheapest_solver", few)
+    monkeypatch.setattr("fipgeo.jacobian.routes.cheapest_solver", few)
     module, inputs = build("mlp")
     g = metric(module, inputs)
     rhs = torch.randn(g.dim, generator=torch.Generator().manual_seed(0))
@@ -304,3 +305,21 @@ def test_solves_one_by_one_come_to_the_factor_that_all_at_once_would_take(monkey
     assert asked == [1, 2, 3]  # then the factor is there
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_iterations_that_do_not_end_turn_to_the_factor(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr("fipgeo.jacobian.routes.cheapest_solver", lambda *_: "cg")
+    monkeypatch.setattr("fipgeo.jacobian.routes.ITERATIONS", 2)
+    module, inputs = build("mlp")
+    g = metric(module, inputs)
+    rhs = torch.randn(count, g.dim, generator=torch.Generator().manual_seed(0))
+    limit = patience(g.root, count, 1)
+    assert limit is not None and limit < 10
+    stopped = cg(g.operator, rhs, damping=1e-6, max_iters=limit)
+    assert stopped.outcome is Outcome.MAX_ITERATIONS
+    found = g.solve(rhs, 1e-6)
+    assert found.ok and found.num_products > stopped.num_products
+    matrix = g.operator.to_dense() + 1e-6 * torch.eye(g.dim)
+    torch.testing.assert_close(found.value, torch.linalg.solve(matrix, rhs.T).T, rtol=1e-6, atol=1e-6)
+    assert g.solve(rhs[0], 1e-6).num_products < stopped.num_products  # the factor is there

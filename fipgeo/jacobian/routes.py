@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from fipgeo.jacobian.cost import WIDE
 from fipgeo.jacobian.root import JacobianRoot
 from fipgeo.linalg import LinearOperator, Spectrum, dual_eigh
 
 ITERATIONS = 50
 """Iterations of conjugate gradients that an estimate expects."""
+
+LONGEST = 1000
+"""Most iterations of conjugate gradients."""
 
 SKETCH = 64
 """Rank of a randomised preconditioner."""
@@ -46,6 +51,19 @@ def cheapest_solver(root: LinearOperator, count: int, dampings: int, iterations:
     if 16 * dim**2 <= most and dim < rows:
         ways["dense"] = costs.least(dim, most) + WIDE * dim**3
     return min(ways, key=lambda way: ways[way])
+
+
+def patience(root: LinearOperator, count: int, dampings: int) -> int | None:
+    """Iterations in which conjugate gradients take as long as the dual way; None where that is not open.
+
+    How many they need depends on the spectrum, which no estimate knows. Who turns to the dual way after so many never
+    takes more than about twice the better of both.
+    """
+    if not isinstance(root, JacobianRoot) or 16 * root.shape[0] ** 2 > root.max_bytes:
+        return None
+    costs, most = root.costs, root.max_bytes
+    dual = costs.dual(4 * count * dampings, most) + WIDE * root.shape[0] ** 3
+    return max(ITERATIONS, bisect_left(range(LONGEST), dual, key=lambda n: costs.least(n * count, most)))
 
 
 def cheapest_spectrum(root: LinearOperator, k: int | None, rtol: float | None = None) -> str:
