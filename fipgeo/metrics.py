@@ -105,9 +105,8 @@ class Metric:
             damping: Positive, in the units of g's eigenvalues; several `[p]` are solved from one factorisation or
                 Krylov space, p being the first axis of the solution.
             method: "dual" (factor the N M x N M Gram, then any damping and right-hand side is cheap), "dense" (factor
-                g), "cg" (conjugate gradients), "nystrom" (the same with a randomised low-rank preconditioner), or
-                "auto": what the estimates in `explain` call cheapest for all right-hand sides so far; iterations that
-                go on for longer than making the factor takes turn to it.
+                g), "cg" (conjugate gradients), "nystrom" (with a randomised low-rank preconditioner), or "auto": what
+                `explain` calls cheapest for all right-hand sides so far; long iterations turn to a factor.
             rtol: The relative residual asked for; None for 1e-6, or what single precision allows.
 
         Returns:
@@ -148,10 +147,10 @@ class Metric:
             near = nystrom(self.operator, min(routes.SKETCH, self.dim)).preconditioner(min(numbers))
             return cg(self.operator, rhs, damping=damping, rtol=rtol, preconditioner=near)
         found = cg(self.operator, rhs, damping=damping, rtol=rtol, max_iters=limit)
-        if not (limit and found.outcome is Outcome.MAX_ITERATIONS):
-            return found
-        other = self.dual_factor().solve(rhs, damping, rtol=rtol)
-        return replace(other, num_products=found.num_products + other.num_products)
+        if limit and found.outcome is Outcome.MAX_ITERATIONS:
+            other = self.dual_factor().solve(rhs, damping, rtol=rtol)
+            return replace(other, num_products=found.num_products + other.num_products)
+        return found
 
     def riemannian_gradient(self, covector: Tensor, damping: float) -> Solution:
         """The steepest direction in the damped metric: (g + damping I)^{-1} covector, for an ordinary gradient.
