@@ -50,7 +50,7 @@ class System:
         product = self.operator(x)
         if isinstance(self.shifts, Tensor):
             return product + scaled(self.shifts[rows], x)
-        return product + self.shifts * x if self.shifts else product
+        return torch.add(product, x, alpha=self.shifts) if self.shifts else product
 
     def divided(self, x: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """`x / damping`, row by row."""

@@ -146,7 +146,7 @@ class _ConjugateGradients:
         quotient = pap / dots(p, p)
         self.curvature[self.rows] = torch.minimum(self.curvature[self.rows], quotient)
         self.highest[self.rows] = torch.maximum(self.highest[self.rows], quotient)
-        finite = torch.isfinite(norms(ap))
+        finite = torch.isfinite(pap)
         # a curvature below the rounding of the largest one cannot be told from zero
         curved = finite & (quotient > torch.finfo(p.dtype).eps * self.highest[self.rows])
         if not bool(curved.all()):
@@ -154,9 +154,17 @@ class _ConjugateGradients:
             self.stop(~finite, Outcome.NOT_FINITE)
             self.stop(~curved[finite], Outcome.BREAKDOWN)
         alpha = self.rz[self.rows] / pap
-        self.x[self.rows] += scaled(alpha, p)
-        self.r[self.rows] -= scaled(alpha, ap)
+        self.add(self.x, alpha, p)
+        self.add(self.r, -alpha, ap)
         self.turn(self.measure())
+
+    def add(self, to: Tensor, factors: Tensor, y: Tensor) -> None:
+        """`to_i += factors_i y_i` at the live rows, in one pass where these are all."""
+        rows, factors = self.rows, factors.to(y.dtype).unsqueeze(-1)
+        if isinstance(rows, slice):
+            to.addcmul_(factors, y)
+        else:
+            to[rows] += factors * y
 
     def measure(self) -> Tensor:
         """Measure residuals that the recurrence calls small; which live rows are to start again."""
@@ -181,10 +189,12 @@ class _ConjugateGradients:
         """New directions for the live rows, conjugate to the last ones except where `fresh`."""
         if not len(self.live):
             return
-        z = self.precondition(self.r[self.rows])
-        rz = dots(self.r[self.rows], z)
+        r = self.r[self.rows]
+        z = self.precondition(r)
+        rz = dots(r, z)
         beta = torch.where(fresh, 0.0, rz / self.rz[self.rows])
-        self.p[self.rows] = z + scaled(beta, self.p[self.rows])
+        self.p[self.rows] *= beta.to(self.p.dtype).unsqueeze(-1)
+        self.p[self.rows] += z
         self.rz[self.rows] = rz
         self.stop(~torch.isfinite(rz), Outcome.NOT_FINITE)
         self.stop(self.rz[self.rows] <= 0, Outcome.BREAKDOWN)
