@@ -28,17 +28,19 @@ class Cost:
 
     Attributes:
         setup: Operations before the first product.
-        product: Operations of one product R^T R v.
+        product: Operations of one product R^T R v, `STACK` of which are taken together.
         num_bytes: Memory held.
+        read: Bytes of it that R and R^T read for every stack, whatever the number of its vectors.
     """
 
     setup: float
     product: float
     num_bytes: float
+    read: float = 0.0
 
-    def total(self, products: float) -> float:
-        """Operations for a number of products."""
-        return self.setup + products * self.product
+    def total(self, products: float, together: float = STACK) -> float:
+        """Operations for a number of products, so many of which are taken together."""
+        return self.setup + products * (self.product + 2 * BYTE * self.read * (1 / together - 1 / STACK))
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ class Costs:
         fitting = {name: cost for name, cost in self.engines.items() if cost.num_bytes <= max_bytes}
         return min(fitting, key=lambda name: fitting[name].total(products))
 
-    def least(self, products: float, max_bytes: float) -> float:
-        """Operations for a number of products by the engine that is cheapest for them."""
-        return self.engines[self.cheapest(products, max_bytes)].total(products)
+    def least(self, products: float, max_bytes: float, together: float = STACK) -> float:
+        """Operations for a number of products, so many together, by the engine that is cheapest for stacks of them."""
+        return self.engines[self.cheapest(products, max_bytes)].total(products, together)
 
     def table(self, max_bytes: float) -> str:
         """One line an engine."""
@@ -124,10 +126,13 @@ def estimate(function: EmbeddedOutputs, weights: Weights, survey: Survey, max_by
         "autodiff": Cost(0.0, 6 * forward * count, 0.0),
         "linearised": Cost(18 * forward * count, 3.6 * forward * count, 3 * activations * count),
         "factored": Cost(
-            (making + 8 * forward + _rows_flops(mixed)) * count, mixed.cost * count, mixed.num_bytes * count
+            setup=(making + 8 * forward + _rows_flops(mixed)) * count,
+            product=mixed.cost * count,
+            num_bytes=mixed.num_bytes * count,
+            read=mixed.num_bytes * count,
         ),
         "materialised": Cost(
-            3 * making * count + BYTE * rows, (4 + 2 * BYTE * itemsize / STACK) * survey.num_rows * dim, rows
+            3 * making * count + BYTE * rows, (4 + 2 * BYTE * itemsize / STACK) * survey.num_rows * dim, rows, rows
         ),
     }
     by_name = _bytes_by_name(small, shapes, height * itemsize, count)

@@ -43,7 +43,7 @@ def cheapest_solver(root: LinearOperator, count: int, dampings: int, iterations:
         return _by_size(rows, dim, "cg")
     costs, most = root.costs, root.max_bytes
     pairs = count * dampings
-    ways = {"cg": costs.least(iterations * count, most)}  # all dampings share one Krylov space
+    ways = {"cg": costs.least(iterations * count, most, count)}  # all dampings share one Krylov space
     if count >= 4:  # one sketch for all; each solve then takes a third of the iterations or less
         ways["nystrom"] = costs.least(SKETCH + iterations * pairs / 3, most)
     if 16 * rows**2 <= most:
@@ -63,7 +63,7 @@ def patience(root: LinearOperator, count: int, dampings: int) -> int | None:
         return None
     costs, most = root.costs, root.max_bytes
     dual = costs.dual(4 * count * dampings, most) + WIDE * root.shape[0] ** 3
-    return max(ITERATIONS, bisect_left(range(LONGEST), dual, key=lambda n: costs.least(n * count, most)))
+    return max(ITERATIONS, bisect_left(range(LONGEST), dual, key=lambda n: costs.least(n * count, most, count)))
 
 
 def cheapest_spectrum(root: LinearOperator, k: int | None, rtol: float | None = None) -> str:
