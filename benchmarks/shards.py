@@ -50,7 +50,7 @@ class Options(NamedTuple):
 
 CHOSEN = {
     "images": Options(ridge=1e-3, kappa=15.0, rate=3e-3, epochs=50, batch=32),
-    "texts": Options(ridge=1e-2, kappa=15.0, rate=2e-4, epochs=8, batch=8),
+    "texts": Options(ridge=1e-4, kappa=15.0, rate=5e-4, epochs=40, batch=8),
 }
 
 
