@@ -115,7 +115,8 @@ def _spawned(
     pool = ProcessPoolExecutor(
         min(workers, len(parts)), mp_context=get_context("spawn"), initializer=_begin, initargs=(shared, setting)
     )
-    out = {}
+    out: dict[str, dict[str, Tensor]] = {}
+    name = next(iter(parts))
     try:
         futures = {name: pool.submit(_work, name, job, seed) for name, job in jobs.items()}
         for name, future in futures.items():

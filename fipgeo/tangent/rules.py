@@ -37,12 +37,16 @@ class Rules(TorchFunctionMode):
 def usable(weights: Iterable[Tensor]) -> bool:
     """Whether the rules apply: not below another transform of torch.func, and not under autocast."""
     kinds = {t.device.type for t in weights}
-    return torch._C._functorch.peek_interpreter_stack() is None and not any(map(torch.is_autocast_enabled, kinds))
+    transforms: Any = getattr(torch._C, "_functorch")  # noqa: B009
+    return transforms.peek_interpreter_stack() is None and not any(map(torch.is_autocast_enabled, kinds))
 
 
 def split(t: Tensor | None) -> Dual:
     """Value and tangent."""
-    return (None, None) if t is None else tuple(forward_ad.unpack_dual(t))
+    if t is None:
+        return None, None
+    found = forward_ad.unpack_dual(t)
+    return found.primal, found.tangent
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -174,16 +178,17 @@ def attention(
     (q, dq), (k, dk), (v, dv) = split(query), split(key), split(value)
     if dropout_p or is_causal or attn_mask is not None or enable_gqa or q is None or k is None or v is None:
         return None
-    if dq is None or dk is None or dv is None:
+    if dq is None or dk is None or dv is None or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         return None
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    q, dq = q * factor, dq * factor
-    shares = (q @ k.transpose(-1, -2)).softmax(-1)
+    q, dq, k, dk, v, dv = (t.reshape(-1, *t.shape[-2:]) for t in (q * factor, dq * factor, k, dk, v, dv))
+    shares = (q @ k.transpose(1, 2)).softmax(-1)
     out = shares @ v
-    moved = (dq @ k.transpose(-1, -2)).add_(q @ dk.transpose(-1, -2))
+    moved = (dq @ k.transpose(1, 2)).baddbmm_(q, dk.transpose(1, 2))
     moved = moved * shares if shares.requires_grad else moved.mul_(shares)
-    change = torch.addcmul(shares @ dv, moved.sum(-1, keepdim=True), out, value=-1).add_(moved @ v)
-    return forward_ad.make_dual(out.contiguous(), change)
+    change = (shares @ dv).baddbmm_(moved, v).addcmul_(moved.sum(-1, keepdim=True), out, value=-1)
+    shape = (*query.shape[:-1], v.shape[-1])
+    return forward_ad.make_dual(out.view(shape), change.view(shape))
 
 
 def multi_head(
