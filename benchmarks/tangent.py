@@ -7,20 +7,20 @@
 
     cost       a composed model's forward and training step over the plain network's, in CPU time, turn by turn
     memory     peak memory of a training step over the plain network's, each in a process of its own
-    shards     a ResNet-20 pretrained on CIFAR-10 with a new head; last block and head learn 1,000 images in n parts
+    shards     the last block of a pretrained network and a new head learn examples in n parts
     fit        passes over the data that the convex fit and Adam take to one value of the loss
 
 `shards` compares components (`fit_square_`, then their mean or learned weights) with networks fine-tuned by AdamW on
-the same parts (mean of their outputs, mean of their weights) and with both kinds trained on all parts together. What
-stands before the last block is computed once. A split is data/n, equal parts at random, or class/n, whole classes.
-Options were chosen by the accuracy of data/5 on training images of EuroSAT that no part holds (--held-out). A cell is
-(part, case, seed); those on record are skipped unless --again is given. Records go to benchmarks/results/tangent.json.
+the same parts (mean of their outputs, mean of their weights) and with both kinds trained on all parts together; see
+`benchmarks.shards`, also for how options were chosen. A split is data/n, equal parts at random, or class/n, whole
+classes. Settings of texts need an encoder (`benchmarks.texts`) and are left out with a word where it is missing.
+A cell is (part, case, seed); those on record are skipped unless --again is given. Records go to
+benchmarks/results/tangent.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import multiprocessing
 import sys
 import time
@@ -29,27 +29,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fipgeo
-from benchmarks.measure import race
-from benchmarks.pretrained import _network, folder
+from benchmarks.measure import Unavailable, race, reason
+from benchmarks.pretrained import _network
 from benchmarks.records import RESULTS, read, write
-from fipgeo.tangent import Pool, tangent_norm
+from benchmarks.shards import IMAGES, SETTINGS, loaded, possible, shards
+from fipgeo.tangent import tangent_norm
 
 NETWORKS = {"akamaster_cifar10_resnet20": ("layer3.2.*", "linear.*"), "smmk47_cifar10_vit": ("*.5.*", "mlp_head.*")}
 """Networks whose cost is measured, with the patterns of their last block and head."""
 
-SETTINGS = {"eurosat": "eurosat32", "gtsrb": "gtsrb32", "cifar10": "cifar10_train10k"}
-SPLITS = ["data/5", "data/10", "class/5"]
+SPLITS = ["data/5", "data/10", "data/20", "class/2", "class/5", "class/10"]
 COUNTS = [1, 10, 50]
-TRAINED, UNSEEN = 1000, 1000
-KAPPA = {"data": 5.0, "class": 15.0}
-FIT = {"ridge": 1e-3, "max_iters": 40}
-TUNING = {"epochs": 20, "rate": 3e-3, "batch": 32}
+RIDGE, KAPPA = 1e-3, 5.0
 
 
 class Cell(NamedTuple):
@@ -68,7 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
         if args.plan:
             print(*cell, sep="  ")
         elif cell not in known or args.again:
-            found = [cell._asdict() | r for r in PARTS[cell.part](cell, args)]
+            try:
+                found = [cell._asdict() | r for r in PARTS[cell.part](cell, args)]
+            except Unavailable as error:
+                print(*cell, "left out:", reason(error))
+                continue
             if not args.held_out:
                 write("tangent", found, args.folder)
             for r in found:
@@ -79,7 +79,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS)
     parser.add_argument("--splits", nargs="+", default=SPLITS, help="data/n or class/n")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, default=15, help="turns of every contestant")
@@ -97,10 +97,11 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
             for name, which in product(args.networks, ("all", "last block")):
                 yield Cell(part, f"{name}/{which}", 0)
         elif part == "fit":
-            yield from (Cell(part, f"{setting}/300 images", 0) for setting in args.settings)
+            yield from (Cell(part, f"{setting}/300 images", 0) for setting in args.settings if setting in IMAGES)
         else:
             for seed, setting, split in product(args.seeds, args.settings, args.splits):
-                yield Cell(part, f"{setting}/{split}", seed)
+                if possible(setting, split):
+                    yield Cell(part, f"{setting}/{split}", seed)
 
 
 def cost(cell: Cell, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -185,142 +186,6 @@ def size(key: str) -> int:
     return int(lines[key].split()[0])
 
 
-class Data(NamedTuple):
-    """The end of the network, and what its input is for images of a setting."""
-
-    net: nn.Module
-    x: Tensor
-    y: Tensor
-    x_test: Tensor
-    y_test: Tensor
-
-
-def loaded(setting: str, seed: int, held_out: bool) -> Data:
-    """Training images drawn with a seed, and the test set or, for choices, training images beyond those."""
-    model, _, (mean, std) = _network("akamaster_cifar10_resnet20")
-    file: Any = np.load(folder() / "images" / f"{SETTINGS[setting]}.npz")
-    prefix = "train_" if "train_images" in file else ""
-    images, labels = file[prefix + "images"], file[prefix + "labels"]
-    order = np.random.default_rng(seed).permutation(len(images))
-    first, rest = order[:TRAINED], order[-UNSEEN:]
-    test: Any = file if prefix else np.load(folder() / "images" / "cifar10_test.npz")
-    key = "test_" if prefix else ""
-    tests = (images[rest], labels[rest]) if held_out else (test[key + "images"], test[key + "labels"])
-    classes = int(labels.max()) + 1
-    head = nn.Linear(64, classes)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(classes, 64, generator=torch.Generator().manual_seed(seed)) / 8)
-        head.bias.zero_()
-    trunk = nn.Sequential(model.conv1, model.bn1, nn.ReLU(), model.layer1, model.layer2, model.layer3[:2])  # type: ignore
-    end = nn.Sequential(model.layer3[2], nn.AvgPool2d(8), nn.Flatten(), head)  # type: ignore
-
-    def hidden(images: Any) -> Tensor:
-        x = torch.from_numpy(images).float() / 255
-        x = (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
-        with torch.no_grad():
-            return torch.cat([trunk(part) for part in x.split(250)])
-
-    x, x_test = hidden(images[first]), hidden(tests[0])
-    y, y_test = (torch.from_numpy(part.astype(np.int64)) for part in (labels[first], tests[1]))
-    return Data(end.eval(), x, y, x_test, y_test)
-
-
-def parts_of(y: Tensor, split: str) -> list[Tensor]:
-    """Indices of the examples of every part."""
-    kind, number = split.split("/")
-    n = int(number)
-    group = torch.arange(len(y)) % n if kind == "data" else y * n // (int(y.max()) + 1)
-    return [torch.nonzero(group == i).flatten() for i in range(n)]
-
-
-def outputs(net: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([net(part) for part in x.split(250)])
-
-
-def shards(cell: Cell, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Accuracies on the test set of all ways to use the parts; and what forgetting the last of them takes."""
-    setting, split = cell.case.split("/", 1)
-    data = loaded(setting, cell.seed, args.held_out)
-    parts = parts_of(data.y, split)
-    kappa = KAPPA[split.split("/")[0]]
-    seconds: dict[str, float] = {}
-    begun = time.process_time()
-    pool = Pool(data.net, [component(data, index, f"{i:02}", kappa) for i, index in enumerate(parts)])
-    seconds["components"] = time.process_time() - begun
-    for name, index in zip(pool.components, parts, strict=True):
-        pool.measure((data.x[index], data.y[index]), name, kappa=kappa)
-    weights = pool.weights()
-    tuned = [finetuned(data, index, cell.seed) for index in parts]
-    begun = time.process_time()
-    joint = finetuned(data, torch.arange(len(data.y)), cell.seed)
-    seconds["joint"] = time.process_time() - begun
-    whole = component(data, torch.arange(len(data.y)), "whole", kappa)
-    mean = copy.deepcopy(data.net)
-    states = [net.state_dict() for net in tuned]
-    mean.load_state_dict({n: torch.stack([s[n].double() for s in states]).mean(0).to(t) for n, t in states[0].items()})
-    nets = {
-        "components, mean": pool.model(),
-        "components, learned weights": pool.model(weights),
-        "fine-tuned, mean of weights": mean,
-        "tangent model, all parts": fipgeo.compose(data.net, [whole]),
-        "fine-tuned, all parts": joint,
-    }
-    scores = {name: outputs(net, data.x_test) for name, net in nets.items()}
-    members = torch.stack([outputs(net, data.x_test) for net in tuned])
-    scores["fine-tuned, mean of outputs"] = members.mean(0)
-    scores["fine-tuned, mean of probabilities"] = members.softmax(-1).mean(0)
-    found = []
-    for name, score in scores.items():
-        value = 100 * float(score.argmax(1).eq(data.y_test).double().mean())
-        found.append({"method": name, "figure": "test_accuracy", "value": round(value, 2), "unit": "%"})
-    found[1] |= {"weights": {name: round(w, 4) for name, w in weights.items()}}
-    return [*(r | {"fit": FIT | {"kappa": kappa}, "tuning": TUNING} for r in found), *forgetting(pool, data, seconds)]
-
-
-def component(data: Data, index: Tensor, name: str, kappa: float) -> fipgeo.Component:
-    model = fipgeo.TangentModel(data.net, copy=False)
-    fipgeo.fit_square_(model, (data.x[index], data.y[index]), kappa=kappa, **FIT)  # type: ignore[arg-type]
-    return fipgeo.Component.of(model, name)
-
-
-def finetuned(data: Data, index: Tensor, seed: int) -> nn.Module:
-    """The end of the network, trained by AdamW with a cosine schedule on cross-entropy."""
-    net, generator = copy.deepcopy(data.net), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=TUNING["rate"])
-    batch = int(TUNING["batch"])
-    steps = int(TUNING["epochs"]) * -(-len(index) // batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(int(TUNING["epochs"])):
-        for chosen in index[torch.randperm(len(index), generator=generator)].split(batch):
-            optimizer.zero_grad()
-            cross_entropy(net(data.x[chosen]), data.y[chosen]).backward()
-            optimizer.step()
-            schedule.step()
-    return net.requires_grad_(True).eval()
-
-
-def forgetting(pool: Pool, data: Data, seconds: dict[str, float]) -> list[dict[str, Any]]:
-    """Forgetting the last component: CPU time over retraining the joint network, and the difference to never had."""
-    name = list(pool.components)[-1]
-    never = Pool(data.net, [c for c in pool.components.values() if c.name != name])
-    for shard, evidence in pool.evidence.items():
-        if shard != name:
-            never.hear(evidence)
-    begun = time.process_time()
-    pool.forget(name)
-    model = pool.model(pool.weights())
-    took = time.process_time() - begun
-    gap = (outputs(model, data.x_test) - outputs(never.model(never.weights()), data.x_test)).abs().max()
-    share = 100 * took / (seconds["joint"] * (len(pool) / (len(pool) + 1)))
-    base = {"method": "forget one component", "seconds": took, "joint_seconds": seconds["joint"]}
-    base |= {"components_seconds": seconds["components"]}
-    return [
-        base | {"figure": "retraining", "value": round(share, 4), "unit": "%"},
-        base | {"figure": "difference", "value": float(gap), "unit": "outputs"},
-    ]
-
-
 def fit(cell: Cell, args: argparse.Namespace) -> list[dict[str, Any]]:
     """What Adam reaches in 50 epochs at its best rate, and the passes and seconds in which the fit is below it.
 
@@ -328,7 +193,7 @@ def fit(cell: Cell, args: argparse.Namespace) -> list[dict[str, Any]]:
     system as the backward passes that make J, one for every output.
     """
     data = loaded(cell.case.split("/")[0], cell.seed, args.held_out)
-    x, y, ridge, kappa = data.x[:300], data.y[:300], FIT["ridge"], KAPPA["data"]
+    x, y, ridge, kappa = data.x[:300], data.y[:300], RIDGE, KAPPA
     best, rate, took = min(adam(data.net, x, y, ridge, kappa, rate) for rate in (1e-3, 3e-3, 1e-2))
     found = {"method": "Adam, 50 epochs", "figure": "objective", "value": best, "unit": "loss", "rate": rate}
     records = [found | {"seconds": took}]
@@ -380,7 +245,7 @@ def adam(net: nn.Module, x: Tensor, y: Tensor, ridge: float, kappa: float, rate:
 PARTS: dict[str, Callable[[Cell, argparse.Namespace], list[dict[str, Any]]]] = {
     "cost": cost,
     "memory": memory,
-    "shards": shards,
+    "shards": lambda cell, args: shards(cell.case, cell.seed, args.held_out),
     "fit": fit,
 }
 

