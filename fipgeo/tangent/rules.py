@@ -206,9 +206,12 @@ def multi_head(
     out_proj_weight: Tensor,
     out_proj_bias: Tensor | None,
     training: bool = True,
+    *more: Any,
     **rest: Any,
 ) -> tuple[Tensor, None] | None:
     """Self-attention without masks, whose weights nobody asked for, by the rules above."""
+    if more:
+        return None
     plain = {"average_attn_weights", "need_weights", "is_causal"}
     if query is not key or key is not value or query.dim() != 3 or in_proj_weight is None or add_zero_attn:
         return None

@@ -119,7 +119,7 @@ def test_the_noise_is_gaussian_of_the_size_that_is_said() -> None:
     exact = minimiser(net, x, y, 1.0, 0.1)
     model, drawings, made = TangentModel(net), [], None
     generator = torch.Generator().manual_seed(0)
-    for _ in range(40):
+    for _ in range(20):
         made = fit_private_(model, (x, y), generator=generator, **options)
         drawings.append((flat(model) - exact) / made.sigma)
     noise = torch.stack(drawings)
