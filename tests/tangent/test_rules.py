@@ -121,7 +121,7 @@ def test_gradients_of_inputs_and_of_gradients(name: str) -> None:
         return model(x.view(x_shape)).square().sum()
 
     x_shape = x.shape
-    found = torch.autograd.functional.hessian(function, x.flatten())
+    found: Any = torch.autograd.functional.hessian(function, x.flatten())
     assert torch.allclose(found, found.T, rtol=1e-8, atol=1e-8) and bool(found.any())
     assert torch.autograd.gradcheck(function, x.flatten().requires_grad_(), rtol=1e-5)
 
