@@ -130,7 +130,7 @@ class Metric:
             )
         if method not in METHODS:
             raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
-        count, limit = rhs.numel() // self.dim, None
+        count, limit = max(rhs.numel() // self.dim, 1), None
         if method == "auto":
             method = self._route(routes.cheapest_solver, self._iterated + count, len(numbers))
             limit = routes.patience(self.root, self._iterated + count, len(numbers)) if method == "cg" else None
