@@ -4,7 +4,6 @@
     split_cifar10      five pairs of classes: the head grows, a ResNet-8 trained on the first pair
     eurosat_gtsrb      CIFAR-10, then satellite images, then traffic signs: the head grows, a pretrained ResNet-8
     split_cifar10_vit  the same with a ViT that was pretrained on all ten classes, its head cut to the first pair
-    text               sentences; needs an encoder that may not be there
 
 Networks that are trained here are trained once for each seed, without the last tenth of their data, and kept in
 benchmarks/.cache. That tenth of every task is what options of methods are chosen on.
@@ -34,10 +33,6 @@ HELD_OUT = 0.1
 
 
 MIRRORED = fipgeo.memory.Affine(flip=True)
-
-
-class MissingError(Exception):
-    """A setting needs what is not there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +92,7 @@ class Stream:
 
 
 def load(name: str, seed: int) -> Stream:
-    """The sequence of a setting, its network made with a seed.
-
-    Raises:
-        MissingError: The setting needs data or packages that are not there.
-    """
+    """The sequence of a setting, its network made with a seed."""
     return SETTINGS[name](seed)
 
 
@@ -141,17 +132,11 @@ def _eurosat_gtsrb(seed: int) -> Stream:
     return Stream(model.to(memory_format=torch.channels_last), tasks, head="linear", passes=10)  # type: ignore[call-overload]
 
 
-def _text(seed: int) -> Stream:
-    del seed
-    raise MissingError("text: no MiniLM encoder in the data folder")
-
-
 SETTINGS: dict[str, Callable[[int], Stream]] = {
     "mnist_fashion": _mnist_fashion,
     "split_cifar10": _split_cifar10,
     "eurosat_gtsrb": _eurosat_gtsrb,
     "split_cifar10_vit": _split_cifar10_vit,
-    "text": _text,
 }
 
 

@@ -3,13 +3,14 @@
 import importlib
 import pkgutil
 import re
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from sybil import Document
+from sybil import Document, Example
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from torch import nn
@@ -37,18 +38,25 @@ def python_blocks(page: Path, option: str = "") -> list[int]:
 
 
 def run_blocks(page: Path, namespace: dict[str, object], option: str = "") -> None:
-    """Execute a page's python blocks in order, in one namespace; errors point at the line of the page."""
-    evaluator = PythonEvaluator()
+    """Execute a page's python blocks in order; errors point at the line of the page.
+
+    Blocks that the site executes share names where they are of one session, as there; others share all.
+    """
+    evaluator, spaces = PythonEvaluator(), dict[str, dict[str, object]]()
 
     def parse(document: Document):
         for region in _python_block(document):
-            if option in region.lexemes["options"]:
-                region.parsed, region.evaluator = region.lexemes["source"], evaluator
+            if option in (options := region.lexemes["options"]):
+                named = re.search(r'session="(\w+)"', options)
+                session = named[1] if named else f"line {region.start}" if EXECUTED in options else ""
+                region.parsed, region.evaluator = region.lexemes["source"], partial(evaluate, session)
                 yield region
 
-    document = Document.parse(str(page), parse)
-    document.namespace.update(namespace)
-    for example in document.examples():
+    def evaluate(session: str, example: Example) -> None:
+        example.namespace = spaces.setdefault(session, dict(namespace))
+        evaluator(example)
+
+    for example in Document.parse(str(page), parse).examples():
         example.evaluate()
 
 
@@ -186,10 +194,13 @@ def test_blocks_are_found_and_failures_are_seen(tmp_path: Path) -> None:
     assert python_blocks(page) == [3, 7] and python_blocks(page, EXECUTED) == [3]
     run_blocks(page, {}, EXECUTED)
     with page.open("a") as file:
-        file.write('```python exec="on"\nassert x == 2\n```\n')
+        file.write('```python exec="on" session="a"\nassert x == 2\n```\n')
     with pytest.raises(AssertionError) as caught:
         run_blocks(page, {}, EXECUTED)
     assert caught.traceback[-1].lineno + 1 == 12
+    page.write_text(page.read_text().replace('"a"\nassert', '"b"\nassert'))
+    with pytest.raises(NameError):
+        run_blocks(page, {}, EXECUTED)
 
 
 def modules() -> list[ModuleType]:

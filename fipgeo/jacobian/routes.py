@@ -56,8 +56,8 @@ def cheapest_solver(root: LinearOperator, count: int, dampings: int, iterations:
 def patience(root: LinearOperator, count: int, dampings: int) -> int | None:
     """Iterations in which conjugate gradients take as long as the dual way; None where that is not open.
 
-    How many they need depends on the spectrum, which no estimate knows. Who turns to the dual way after so many never
-    takes more than about twice the better of both.
+    How many they need depends on the spectrum, which no estimate knows. Who turns to the dual way after so many takes
+    at most twice what the dual way alone does, or `ITERATIONS` more, as far as the estimates go.
     """
     if not isinstance(root, JacobianRoot) or 16 * root.shape[0] ** 2 > root.max_bytes:
         return None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fipgeo import OutputMap, as_batches
 from fipgeo.jacobian import ENGINES, EmbeddedOutputs, FactoredRoot, JacobianRoot
-from fipgeo.jacobian.cost import Cost, size
+from fipgeo.jacobian.cost import BYTE, Cost, size
 from fipgeo.jacobian.factored import gram_by_parameters
 from fipgeo.jacobian.gram import gram_by_pairs
 from fipgeo.outputs import Euclidean
@@ -208,3 +208,12 @@ def test_the_cheapest_that_fits_is_taken() -> None:
     table = costs.table(100)
     assert "paid back after 12 products" in table and table.count("does not fit") == 1
     assert size(2**20) == "1.0 MiB" and size(2**30) == "1.00 GiB"
+
+
+@pytest.mark.parametrize("engine", ["factored", "materialised"])
+def test_a_single_vector_reads_all_rows_by_itself(engine: str) -> None:
+    module, inputs = prepared(KINDS["conv2d strided"])
+    cost = root_of(module, inputs).costs.engines[engine]
+    alone, stacked = cost.total(8, together=1) - cost.setup, cost.total(8, together=8) - cost.setup
+    assert alone - stacked == pytest.approx(7 * 2 * BYTE * cost.num_bytes)
+    assert cost.total(1) == cost.setup + cost.product
