@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ BLOCK_BYTES = 2**28
 """Temporary rows and wide copies are made in blocks of at most this size."""
 
 STRIP = 160
-"""Rows of a symmetric product that are multiplied at once, at least."""
+"""Rows of a symmetric matrix that are multiplied or copied at once: enough for fast products, few enough for caches."""
 
 
 def gram_by_pairs(function: EmbeddedOutputs, theta: Tensor, survey: Survey, max_bytes: int) -> Tensor:
@@ -55,19 +56,39 @@ def inner_products(a: Tensor, b: Tensor, *, single: bool = False) -> Tensor:
         single: Whether products inside a block are taken in the precision of A and B.
     """
     out = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    if a is b:
+        add_inner_products(out, a, single=single)
+        return mirrored(out)
+    for left, right in zip(_column_blocks(a, len(b), single), _column_blocks(b, len(a), single), strict=True):
+        out += left @ right.T
+    return out
+
+
+def add_inner_products(out: Tensor, a: Tensor, *, single: bool = False) -> None:
+    """Add the upper triangle of A A^T to `out` `[m, m]`; what is below the diagonal is left undefined."""
+    height = max(STRIP, -(-len(a) // 4))
+    for rows in _column_blocks(a, len(a), single):
+        for here in range(0, len(a), height):
+            out[here : here + height, here:] += rows[here : here + height] @ rows[here:].T
+
+
+def mirrored(out: Tensor) -> Tensor:
+    """The matrix itself, its upper triangle copied onto the lower one strip by strip."""
+    for here in range(0, len(out), STRIP):
+        strip = out[here : here + STRIP]
+        corner = strip[:, here : here + STRIP]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        out[here + STRIP :, here : here + STRIP] = strip[:, here + STRIP :].T
+    return out
+
+
+def _column_blocks(a: Tensor, other: int, single: bool) -> Iterator[Tensor]:
+    """A in column blocks, in float64 unless its own precision does; `other` rows stand opposite."""
     itemsize = a.itemsize if single else 8
-    width = max(block_bytes(a.device) // (itemsize * max(len(a), len(b))), 1)
+    width = max(block_bytes(a.device) // (itemsize * max(len(a), other)), 1)
     for start in range(0, a.shape[1], width):
-        left, right = (t[:, start : start + width] for t in (a, b))
-        if not single:
-            left = left.double()
-            right = left if a is b else right.double()
-        if a is not b:
-            out += left @ right.T
-            continue
-        for here in range(0, len(a), height := max(STRIP, -(-len(a) // 4))):
-            out[here : here + height, here:] += left[here : here + height] @ left[here:].T
-    return out if a is not b else out.triu() + out.triu(1).T
+        part = a[:, start : start + width]
+        yield part if single else part.double()
 
 
 def block_bytes(device: torch.device) -> int:

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from fipgeo.jacobian.factored import factors
 from fipgeo.jacobian.factored.factors import Block, ConvBlock, EmbeddingBlock, LinearBlock, RowsBlock
 
 from .. import oracles
@@ -43,8 +45,6 @@ def check(block: Block, expected: Tensor, n: int, generator: torch.Generator, in
     some = entries[torch.randperm(len(entries), generator=generator)[: len(entries) // 2 + 1]].sort().values
     for chosen in (entries, some) if index is None else (entries, some, index):
         assert oracles.relative(block.rows(chosen), expected[:, chosen].flatten(1)) < 1e-10
-    inner = block.inner()
-    assert inner is None or oracles.relative(inner, rows @ rows.T) < 1e-10
     narrow = block.to(torch.float32)
     assert type(narrow) is type(block)
     if not isinstance(block, RowsBlock):  # converts in its products, part by part
@@ -59,6 +59,7 @@ def check(block: Block, expected: Tensor, n: int, generator: torch.Generator, in
     assert sum(t.numel() for t in block.tensors()) > 0
 
 
+@example(seed=0, n=3, m=2, t=1, i=2, o=3, transposed=False)
 @given(seed=seeds, n=small, m=small, t=st.sampled_from([1, 5]), i=small, o=small, transposed=st.booleans())
 def test_linear(seed: int, n: int, m: int, t: int, i: int, o: int, transposed: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +67,14 @@ def test_linear(seed: int, n: int, m: int, t: int, i: int, o: int, transposed: b
     expected = dense(lambda w: x @ (w if transposed else w.T), b, (i, o) if transposed else (o, i))
     block = LinearBlock(x, b, transposed)
     check(block, expected, n, generator)
-    assert (block.inner() is not None) == (t == 1)
+    rows, start = expected.flatten(1), torch.randn(n * m, n * m, generator=generator)
+    for shift, strip in ((0.0, 160), (1.0, 160), (1.0, m)):
+        total = start.clone()
+        with patch.object(factors, "STRIP", strip):
+            assert block.add_inner(total, shift) == (t == 1)
+        bias = b[:, :, 0].flatten(0, 1) if t == 1 else rows[:, :0]
+        wanted = start + (t == 1) * (rows @ rows.T + shift * bias @ bias.T)
+        assert oracles.relative(total.triu(), wanted.triu()) < 1e-10
 
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fipgeo.jacobian.gram import STRIP
+
 WIDE = 128
 """From this many outputs of a linear layer on, the rows of every embedded output are a matrix product of their own."""
 
@@ -54,11 +56,6 @@ class Block(ABC):
     @abstractmethod
     def entries(self) -> Tensor:
         """The entries along the first axis for which R is not zero."""
-
-    def inner(self, *, single: bool = False) -> Tensor | None:
-        """R R^T, `[n * M, n * M]`, in float64 or as it is held, where it is cheaper than by rows; None otherwise."""
-        del single
-        return None
 
     def squares(self) -> Tensor | None:
         """Sums of squares of R over its rows, `[*shape]` in float64, where cheaper than by rows; None otherwise."""
@@ -119,19 +116,28 @@ class LinearBlock(Block):
             torch.bmm(b.transpose(2, 3).flatten(1, 2), x, out=out.view(n, m * o, i))
         return out
 
-    def inner(self, shift: float = 0.0, *, single: bool = False) -> Tensor | None:
-        """R R^T by an entrywise product, for one position an example: `(b b^T) o (x x^T + shift)`.
+    def add_inner(self, out: Tensor, shift: float = 0.0, *, single: bool = False) -> bool:
+        """Add the upper triangle of R R^T by an entrywise product: `(b b^T) o (x x^T + shift)`.
 
-        A shift of one adds what the bias of the same layer contributes.
+        Args:
+            out: What to add to, `[n * M, n * M]`; below the diagonal it is left undefined.
+            shift: One adds what the bias of the same layer contributes.
+            single: Whether products are taken in the precision in which R is held, rather than in float64.
+
+        Returns:
+            Whether anything was added: only for one position an example.
         """
         if self.x.shape[1] != 1:
-            return None
+            return False
         x, b = self.x[:, 0], self.b.flatten(0, 1)[:, 0]
         x, b = (x, b) if single else (x.double(), b.double())
-        m = self.b.shape[1]
-        out = (b @ b.T).view(len(x), m, len(x), m)
-        out *= (x @ x.T + shift)[:, None, :, None]
-        return out.view(len(b), len(b))
+        m, step = self.b.shape[1], max(STRIP // self.b.shape[1], 1)
+        for here in range(0, len(x), step):
+            some = x[here : here + step]
+            across = (some @ x[here:].T + shift).repeat_interleave(m, 1)
+            found = (b[here * m : (here + step) * m] @ b[here * m :].T).view(len(some), m, -1)
+            out[here * m : (here + step) * m, here * m :] += found.mul_(across[:, None]).flatten(0, 1)
+        return True
 
     def squares(self) -> Tensor | None:
         """`sum_n x[n, i]^2 sum_m b[n, m, o]^2`, for one position an example."""

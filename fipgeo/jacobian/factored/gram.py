@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fipgeo.jacobian.factored.factors import Block, LinearBlock, RowsBlock
 from fipgeo.jacobian.factored.segment import Segment
-from fipgeo.jacobian.gram import block_bytes, inner_products
+from fipgeo.jacobian.gram import add_inner_products, block_bytes, mirrored
 
 BLOCK_BYTES = 2**28
 """Temporary rows are made in blocks of about this size."""
@@ -29,23 +29,19 @@ def gram_of_segments(segments: Sequence[Segment], *, single: bool = False) -> Te
     total = sum(len(s.matrix) for s in segments)
     out = torch.zeros(total, total, dtype=torch.float64, device=segments[0].matrix.device)
     if len(segments) == 1 and segments[0].matrix.numel():
-        out += inner_products(segments[0].matrix, segments[0].matrix, single=single)
+        add_inner_products(out, segments[0].matrix, single=single)
     beside = _beside(segments[0]) if len(segments) == 1 else {}
     for _, _, parts in _by_parameter(segments, rows=len(segments) > 1):
         if len(parts) == 1 and len(parts[0]) == 1:
             block = parts[0][0]
             if id(block) in beside.values():
                 continue
-            if isinstance(block, LinearBlock):
-                found = block.inner(1.0 if id(block) in beside else 0.0, single=single)
-            else:
-                found = block.inner(single=single)
-            if found is not None:
-                out += found
+            shift = 1.0 if id(block) in beside else 0.0
+            if isinstance(block, LinearBlock) and block.add_inner(out, shift, single=single):
                 continue
         for _, rows in _row_chunks(parts):
-            out += inner_products(rows, rows, single=single)
-    return out
+            add_inner_products(out, rows, single=single)
+    return mirrored(out)
 
 
 def _beside(segment: Segment) -> dict[int, int]:

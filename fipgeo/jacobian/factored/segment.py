@@ -127,10 +127,11 @@ class Segment:
 
     @property
     def row_bytes(self) -> int:
-        """Memory of what is held as rows."""
-        return self.matrix.nbytes + sum(
-            block.matrix.nbytes for _, _, block in self.blocks if isinstance(block, RowsBlock)
-        )
+        """Memory of what is held as rows alone; those of a bias are a factor of its weight."""
+        held = [block for _, _, block in self.blocks]
+        factors = {t.data_ptr() for block in held if not isinstance(block, RowsBlock) for t in block.tensors()}
+        rows = [block.matrix for block in held if isinstance(block, RowsBlock)]
+        return self.matrix.nbytes + sum(t.nbytes for t in rows if t.data_ptr() not in factors)
 
     @property
     def num_bytes(self) -> int:
