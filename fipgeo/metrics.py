@@ -9,7 +9,7 @@ point, closed under pullback to a basis; `MetricField` is g as a function of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fipgeo.data import Generator, as_batches, as_generator
-from fipgeo.jacobian import MAX_BYTES, JacobianRoot, column_squares, inner_products, routes
+from fipgeo.jacobian import MAX_BYTES, JacobianRoot, column_squares, routes
+from fipgeo.jacobian.dual import Dual
 from fipgeo.linalg import (
     Dense,
     Density,
@@ -66,9 +67,8 @@ class Metric:
     def __init__(self, root: LinearOperator, num_examples: int) -> None:
         self.root, self.num_examples = root, num_examples
         self.operator: LinearOperator = Gram(root, 1 / num_examples)
-        self._factor: DualFactor | None = None
+        self._dual = Dual(root, 1 / num_examples)
         self._iterated = 0  # right-hand sides so far: a factor is made once these would have paid for it
-        self._gram: Tensor | None = None
         self._origin: tuple[Metric, LinearOperator] | None = None
 
     @property
@@ -132,10 +132,10 @@ class Metric:
             raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
         count, limit = max(rhs.numel() // self.dim, 1), None
         if method == "auto":
-            method = self._route(routes.cheapest_solver, self._iterated + count, len(numbers))
+            method = self._solver(self._iterated + count, len(numbers))
             limit = routes.patience(self.root, self._iterated + count, len(numbers)) if method == "cg" else None
         if method == "dual":
-            return self.dual_factor().solve(rhs, damping, rtol=rtol)
+            return self._dual.solve(rhs, damping, rtol=rtol)
         if method == "dense":
             self._prepare(self.dim)
             if len(numbers) > 1:
@@ -148,7 +148,7 @@ class Metric:
             return cg(self.operator, rhs, damping=damping, rtol=rtol, preconditioner=near)
         found = cg(self.operator, rhs, damping=damping, rtol=rtol, max_iters=limit)
         if limit and found.outcome is Outcome.MAX_ITERATIONS:
-            other = self.dual_factor().solve(rhs, damping, rtol=rtol)
+            other = self._dual.solve(rhs, damping, rtol=rtol)
             return replace(other, num_products=found.num_products + other.num_products)
         return found
 
@@ -161,9 +161,7 @@ class Metric:
 
     def dual_factor(self) -> DualFactor:
         """The eigen-decomposed Gram R R^T, made once: damped solves and null-space projections for any damping."""
-        if self._factor is None:
-            self._factor = DualFactor(self.root, gram=self._dual_gram(), scale=1 / self.num_examples)
-        return self._factor
+        return self._dual.factor
 
     def spectrum(
         self,
@@ -199,12 +197,12 @@ class Metric:
         if method not in ("auto", "dual", "dense", "lanczos"):
             raise ValueError(f"method: got {method!r}, expected 'auto', 'dual', 'dense' or 'lanczos'")
         if method == "auto":
-            method = self._route(routes.cheapest_spectrum, k, rtol)
+            method = self._spectral(k, rtol)
         if method == "dual":
-            found = None if self._gram is not None else routes.few_digits(self.root, k, rtol, 1 / self.num_examples)
+            found = None if self._dual.exact else routes.few_digits(self.root, k, rtol, 1 / self.num_examples)
             if found is None:
                 wanted = self.rank_bound if k is None else k
-                found = dual_eigh(self.root, scale=1 / self.num_examples, k=wanted, gram=self._dual_gram(), rtol=rtol)
+                found = dual_eigh(self.root, scale=1 / self.num_examples, k=wanted, gram=self._dual.gram, rtol=rtol)
         elif method == "dense":
             self._prepare(self.dim)
             found = dense_eigh(self.operator, k)
@@ -241,7 +239,7 @@ class Metric:
         """
         if not damping > 0:
             raise ValueError(f"damping: got {damping}, expected a positive number: g alone is singular")
-        if self._route(routes.cheapest_spectrum, None) == "dual":
+        if self._spectral(None) == "dual":
             values = self.dual_factor().eigenvalues
             rest = (self.dim - len(values)) * math.log(damping)
             return Estimate(float((values + damping).log().sum()) + rest, 0.0, 0)
@@ -278,9 +276,9 @@ class Metric:
         Raises:
             ValueError: The metric is too large for a whole spectrum; ask `spectrum(k).rank(tol)` instead.
         """
-        if self._route(routes.cheapest_spectrum, None) != "dual":
+        if self._spectral(None) != "dual":
             return self.spectrum(None).rank(tol)
-        found = dual_eigh(self.root, scale=1 / self.num_examples, gram=self._dual_gram(), vectors=False)
+        found = dual_eigh(self.root, scale=1 / self.num_examples, gram=self._dual.gram, vectors=False)
         return found.rank(tol)
 
     def restrict(self, params: Where) -> Metric:
@@ -355,10 +353,7 @@ class Metric:
         """How products are computed, what every engine would take, and which way solves and spectra go."""
         if not isinstance(self.root, JacobianRoot):
             return repr(self)
-        solve, few = (
-            self._route(routes.cheapest_solver, 1, 1),
-            self._route(routes.cheapest_spectrum, min(20, self.rank_bound)),
-        )
+        solve, few = self._solver(1, 1), self._spectral(min(20, self.rank_bound))
         return (
             f"{self.root.explain()}\nK = R R^T takes {self.root.costs.gram / self.root.costs.forward:.1f} forward"
             f" passes; a damped solve goes by {solve!r}, up to 20 eigenpairs by {few!r}"
@@ -376,18 +371,13 @@ class Metric:
         if isinstance(self.root, JacobianRoot):
             self.root.prepare(products)
 
-    def _route(self, cheapest: Callable[..., str], *what: Any) -> str:
-        """The cheapest way to a solution or spectrum; the dual one once its matrix is there."""
-        return "dual" if self._factor is not None or self._gram is not None else cheapest(self.root, *what)
+    def _solver(self, count: int, dampings: int) -> str:
+        """The cheapest way to solutions; the dual one once its matrix is there."""
+        return "dual" if self._dual.ready else routes.cheapest_solver(self.root, count, dampings)
 
-    def _dual_gram(self) -> Tensor:
-        if self._gram is None:
-            if isinstance(self.root, JacobianRoot):
-                self._gram = self.root.gram()
-            else:
-                rows = self.root.matrix if isinstance(self.root, Dense) else self.root.to_dense()
-                self._gram = inner_products(rows, rows)
-        return self._gram
+    def _spectral(self, k: int | None, rtol: float | None = None) -> str:
+        """The cheapest way to eigenpairs; the dual one once its matrix is there."""
+        return "dual" if self._dual.exact else routes.cheapest_spectrum(self.root, k, rtol)
 
     def _with_held_out(self, found: Spectrum, held_out: Any) -> Spectrum:
         other = held_out if isinstance(held_out, Metric) else self.on(held_out)

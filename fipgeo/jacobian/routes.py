@@ -47,7 +47,7 @@ def cheapest_solver(root: LinearOperator, count: int, dampings: int, iterations:
     if count >= 4:  # one sketch for all; each solve then takes a third of the iterations or less
         ways["nystrom"] = costs.least(SKETCH + iterations * pairs / 3, most)
     if 16 * rows**2 <= most:
-        ways["dual"] = costs.dual(4 * pairs, most) + WIDE * rows**3
+        ways["dual"] = _by_dual(root, 4 * pairs)
     if 16 * dim**2 <= most and dim < rows:
         ways["dense"] = costs.least(dim, most) + WIDE * dim**3
     return min(ways, key=lambda way: ways[way])
@@ -62,7 +62,7 @@ def patience(root: LinearOperator, count: int, dampings: int) -> int | None:
     if not isinstance(root, JacobianRoot) or 16 * root.shape[0] ** 2 > root.max_bytes:
         return None
     costs, most = root.costs, root.max_bytes
-    dual = costs.dual(4 * count * dampings, most) + WIDE * root.shape[0] ** 3
+    dual = _by_dual(root, 4 * count * dampings)
     return max(ITERATIONS, bisect_left(range(LONGEST), dual, key=lambda n: costs.least(n * count, most, count)))
 
 
@@ -102,6 +102,12 @@ def few_digits(root: LinearOperator, k: int | None, rtol: float | None, scale: f
     found = dual_eigh(root, scale=scale, k=k, gram=root.gram(single=True), rtol=rtol)
     assert found.residuals is not None and rtol is not None
     return found if bool((found.residuals <= rtol * found.values[0]).all()) else None
+
+
+def _by_dual(root: JacobianRoot, products: float) -> float:
+    """Operations of solves through K, of seven digits where R has no more, with products to refine them."""
+    single = root.dtype.itemsize < 8
+    return root.costs.dual(products, root.max_bytes, single=single) + (1 if single else WIDE) * root.shape[0] ** 3
 
 
 def _coarse(k: int | None, rtol: float | None) -> bool:

@@ -29,7 +29,8 @@ def dual_solved(
 
         b - (scale R^T R + damping) x = scale R^T q        q = y - R x
 
-    so R x, a forward product with the x that is returned, tells the residual: `scale sqrt(q^T K q)`. A correction is
+    so R x, a forward product with the x that is returned, tells the residual: `scale sqrt(q^T K q)`, to which the
+    rounding of K may add `eps tr(K) |q|^2` under the root. A correction is
     `scale R^T d` with `(scale K + damping) d = q`, one adjoint product. The rounding of `R^T y` outside the row space,
     which R x does not see, is added as two units in the last place of `scale R^T y`.
 
@@ -55,6 +56,7 @@ def dual_solved(
         system.num_products += len(stack)
         return root.adjoint((scale * stack).to(system.rhs.dtype))
 
+    slack = torch.finfo(dual.dtype).eps * dual.diagonal().sum().to(high)
     system.num_products += count
     y = inverted(root(system.base).to(high).repeat(len(inverses), 1))
     back = pulled(y)
@@ -64,7 +66,7 @@ def dual_solved(
     for step in range(refine + 1):
         system.num_products += len(x)
         q = y - root(x).to(high)
-        missed = ((q @ dual.to(high)) * q).sum(-1).clamp(min=0)
+        missed = ((q.to(dual.dtype) @ dual).to(high) * q).sum(-1).clamp(min=0) + slack * q.square().sum(-1)
         before, size = size, ratio((scale**2 * missed + floor.square()).sqrt(), system.lengths)
         if bool((size <= rtol).all()):
             norm = float(ratio(system.lengths, norms(x)).max())  # |A x| is |b| by now

@@ -63,10 +63,7 @@ def cholesky(
     if int(info):
         return _failed(system, Outcome.BREAKDOWN)
 
-    def inverse(b: Tensor) -> Tensor:
-        return torch.cholesky_solve(b.to(factor.dtype).T, factor).T.to(b.dtype)
-
-    return refined(system, lambda b, rows: inverse(b), rtol, refine=1)
+    return refined(system, lambda b, rows: _cholesky_solve(b, factor), rtol, refine=1)
 
 
 @torch.no_grad()
@@ -117,7 +114,7 @@ def woodbury(
     _require_positive(system.dampings)
     dual = _dual_gram(root, gram)
     spent = min(root.shape) if gram is None else 0
-    factors = [_cholesky(scale * dual, number) for number in system.dampings]
+    factors = [_cholesky(dual, scale, number) for number in system.dampings]
     known = [factor for factor in factors if factor is not None]
     if len(known) < len(factors):
         outcome = Outcome.BREAKDOWN if bool(torch.isfinite(dual).all()) else Outcome.NOT_FINITE
@@ -136,7 +133,7 @@ class DualFactor:
 
     Args:
         root: R, shape `(m, n)`, m up to some thousands.
-        gram: K, `[m, m]`, if it is known; None computes `root.gram()`.
+        gram: K, `[m, m]`, symmetric, if it is known; None computes `root.gram()`.
         scale: factor of `R^T R`, not negative.
         dtype: precision of the factorisations; None for float64. float32 takes half the time and memory, and
             refinement makes up for it unless damping is below about `1e-6 m lambda_max`.
@@ -173,7 +170,7 @@ class DualFactor:
         if not bool(torch.isfinite(dual).all()):
             raise ValueError("gram (R R^T) has entries that are not finite; check the root's products")
         self.num_products = min(root.shape) if gram is None else 0
-        self.dual = ((dual + dual.T) / 2).to(dtype or dual.dtype)
+        self.dual = dual.to(dtype or dual.dtype)
         self._eigen: tuple[Tensor, Tensor] | None = None
         self._last: tuple[float, Tensor] | None = None
         self._num_factored = 0
@@ -200,7 +197,7 @@ class DualFactor:
         """`y -> (scale K + damping)^{-1} y` on stacks `[k, m]`."""
         if self._eigen is None:
             if self._last is None or self._last[0] != damping:
-                factor = _cholesky(self.scale * self.dual, damping)
+                factor = _cholesky(self.dual, self.scale, damping)
                 self._num_factored += 1
                 self._last = None if factor is None else (damping, factor)
             if self._last is not None:
@@ -296,16 +293,18 @@ def _require_positive(dampings: list[float]) -> None:
         )
 
 
-def _cholesky(matrix: Tensor, damping: float) -> Tensor | None:
-    """The lower factor of `matrix + damping I`, None if that is not positive definite."""
-    matrix = matrix.clone()
+def _cholesky(dual: Tensor, scale: float, damping: float) -> Tensor | None:
+    """The lower factor of `scale dual + damping I`, None if that is not positive definite."""
+    matrix = scale * dual
     matrix.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(matrix)
     return None if int(info) or not bool(torch.isfinite(factor.diagonal()).all()) else factor
 
 
 def _cholesky_solve(y: Tensor, factor: Tensor) -> Tensor:
-    return torch.cholesky_solve(y.to(factor.dtype).T, factor).T.to(y.dtype)
+    """`(L L^T)^{-1} y` on stacks; `torch.cholesky_solve` would copy L for every call."""
+    half = torch.linalg.solve_triangular(factor, y.to(factor.dtype).T, upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True).T.to(y.dtype)
 
 
 def _dual_inverse(

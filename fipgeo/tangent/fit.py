@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fipgeo.data import as_batches
 from fipgeo.jacobian import MAX_BYTES, EmbeddedOutputs, JacobianRoot
+from fipgeo.jacobian.dual import Dual
 from fipgeo.jacobian.routes import cheapest_solver
-from fipgeo.linalg import DualFactor, Gram, LinearOperator, Outcome, Solution, cg
+from fipgeo.linalg import Gram, LinearOperator, Outcome, Solution, cg
 from fipgeo.model import ForwardFn, OutputFn, OutputMap
 from fipgeo.outputs import Euclidean
 from fipgeo.tangent.losses import scaled_targets
@@ -135,7 +136,7 @@ def fit_square_(
     if method == "auto":
         method = "cg" if not ridge or max_iters is not None or penalty is not None else _cheaper(root, rhs, ridge, rtol)
     if method == "dual":
-        found = _by_factor(root, rhs, ridge, rtol)
+        found = Dual(root, 1 / root.shape[0]).solve(rhs, ridge, rtol=rtol)
     else:
         found = _by_products(model, root, rhs, ridge, rtol, max_iters, penalty)
     tau = found.value
@@ -164,13 +165,6 @@ def _cheaper(root: JacobianRoot, rhs: Tensor, ridge: float, rtol: float) -> str:
     curvature = float(root(rhs).norm()) ** 2 / (root.shape[0] * size**2) if size else 0.0
     iterations = math.sqrt(1 + curvature / ridge) / 2 * math.log(2 / rtol)
     return "dual" if cheapest_solver(root, 1, 1, iterations) == "dual" else "cg"
-
-
-def _by_factor(root: JacobianRoot, rhs: Tensor, ridge: float, rtol: float) -> Solution:
-    """The dual system, with J J^T of seven digits where true products then refine the solution as far as is asked."""
-    count = root.shape[0]
-    found = DualFactor(root, gram=root.gram(single=True), scale=1 / count).solve(rhs, ridge, rtol=rtol)
-    return found if found.ok else DualFactor(root, gram=root.gram(), scale=1 / count).solve(rhs, ridge, rtol=rtol)
 
 
 def _by_products(

@@ -151,3 +151,23 @@ def test_cholesky_in_float32_by_float64() -> None:
     found = cholesky(Dense(matrix.float(), psd=True), b.float(), damping=1e-4)
     expected = torch.linalg.solve(matrix + 1e-4 * torch.eye(50), b)
     assert float((found.value - expected).norm() / expected.norm()) < 1e-3
+
+
+@given(seed=st.integers(0, 2**20))
+def test_a_factorisation_in_float32_tells_what_is_left(seed: int) -> None:
+    a, b = root_with(seed, torch.logspace(0, -6, 40), 40, 300), draw(seed + 1, 2, 300)
+    factor = DualFactor(Dense(a), dtype=torch.float32)
+    assert factor.solve(b, 1e-1).ok
+    for damping, rtol in ((1e-1, 1e-9), (1e-2, 1e-7), (1e-2, 1e-3)):
+        found = factor.solve(b, damping, rtol=rtol)
+        left = b - found.value @ a.T @ a - damping * found.value
+        assert found.ok and bool((left.norm(dim=-1) / b.norm(dim=-1) <= 1.001 * found.residual + 1e-13).all())
+
+
+def test_rounding_of_the_gram_hides_no_residual() -> None:
+    root = Dense(torch.tensor([[1.0, 0.0, 0.0], [0.0, 3e-5, 0.0]]))
+    factor = DualFactor(root, gram=torch.diag(torch.tensor([1.0, 0.0])), dtype=torch.float32)  # 9e-10 is rounding
+    assert factor.solve(torch.tensor([1.0, 1.0, 1.0]), 1.0).ok
+    found = factor.solve(torch.tensor([0.0, 1.0, 0.0]), 9e-10)
+    left = 1 - 2 * 9e-10 * float(found.value[1])
+    assert float(found.residual) == pytest.approx(abs(left), abs=1e-6)
