@@ -95,8 +95,7 @@ class LinearisedRoot(LinearOperator):
             )
         start = time.perf_counter()
         with torch.inference_mode(False):
-            theta = theta.detach().clone()
-            weights = {name: t.clone() for name, t in function.map.named(theta).items()}
+            weights = {name: t.clone() for name, t in function.map.named(theta.detach()).items()}
         self.survey, self.chunk, self.map = survey, chunk, function.map
         held = _detached_from_module(function, weights)
         with function.map.frozen():
@@ -201,17 +200,15 @@ class _Part:
         self.rung, self.push = self._choose(f, weights, rungs, first)
 
     def _choose(self, f: Function, weights: Weights, rungs: tuple[str, ...], first: bool) -> tuple[str, Push]:
-        v, other = _random_like(weights, 0), _random_like(weights, 1)
+        v = _random_like(weights, 0)  # the largest memory here: vectors of all weights, no more of them than needed
         u = torch.randn(self.graph.z.shape, generator=as_generator(2)).to(self.graph.z)
-        pulled = self.graph.pull(u)
+        pairs = zip(self.graph.pull(u), v.values(), strict=True)
+        inner = sum(float((a * b).sum(dtype=torch.float64)) for a, b in pairs if a is not None)
         failure: Exception | None = None
         for rung in rungs:
             try:
-                push = self._way(rung, f, weights, list(other.values()))
+                push = self._way(rung, f, weights)
                 found = [push(*v.values()) for _ in range(3 if first else 1)]
-                inner = sum(
-                    float((a.double() * b).sum()) for a, b in zip(pulled, v.values(), strict=True) if a is not None
-                )
                 tolerance = _tolerance(weights) * float(u.double().norm() * found[0].double().norm())
                 fits = abs(float(u.double() @ found[0].double()) - inner) <= max(tolerance, 1e-300)
                 if fits and first:
@@ -229,11 +226,12 @@ class _Part:
             " engine='autodiff', which names the module"
         )
 
-    def _way(self, rung: str, f: Function, weights: Weights, example: list[Tensor]) -> Push:
+    def _way(self, rung: str, f: Function, weights: Weights) -> Push:
         names = list(weights)
         self.tape = None
         if rung == "tape":
-            self.tape = Tape(lambda *v: jvp(f, (dict(weights),), (dict(zip(names, v, strict=True)),))[1], example)
+            other = list(_random_like(weights, 1).values())
+            self.tape = Tape(lambda *v: jvp(f, (dict(weights),), (dict(zip(names, v, strict=True)),))[1], other)
             self.tape.adopt([self.graph.z, *weights.values(), *saved(self.graph.z)])
             return self.tape
         if rung == "double backward":
