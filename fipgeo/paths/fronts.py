@@ -31,6 +31,9 @@ UNSTRUCTURED = Unstructured()
 EXACT = StepControl(initial=0.2, smallest=0.05, largest=0.4, tolerance=0.03)
 """Step sizes where every correction is nearly complete, so that drift tells how far a step was."""
 
+LEFT = 0.5
+"""Weights that are left, in units of protected outputs, up to which Gauss-Newton keeps more of the function."""
+
 ROUGH = StepControl(initial=0.2, smallest=0.1, largest=0.25, tolerance=0.1)
 """Step sizes where corrections are cut short and the last one does most of the work."""
 
@@ -82,7 +85,8 @@ def sparsify(
             but that a point whose outputs on them are not finite is refused.
         budget: Largest drift allowed (see `Method`); None walks to the target whatever it costs.
         corrector: "gauss-newton", "first-order", "layer-local", a `Corrector`, or "auto": Gauss-Newton for small models
-            without BatchNorm or recurrent layers, first-order otherwise.
+            without BatchNorm or recurrent layers of which at most half as many weights will be left as there are
+            protected outputs, first-order otherwise.
         score: What decides which weights become zero: "metric", "lamp", "local", "obs", "magnitude", a `Score`, or
             "auto": the metric with Gauss-Newton, lamp with any other corrector (see the docs, Paths).
         max_steps: Accepted steps at most.
@@ -113,13 +117,11 @@ def sparsify(
         >>> path.outcome, path[-1].sparsity
         ('reached', 0.5)
     """
-    Sparsity(
-        sparsity, exclude, pattern=pattern, allocation=allocation
-    )  # wrong targets are said before the model is looked at
+    wanted = Sparsity(sparsity, exclude, pattern=pattern, allocation=allocation)  # wrong targets are said at once
     data = _batches(inputs, batch_size, "inputs")
     field = MetricField(model, data, geometry, params, forward_fn=forward_fn, output_fn=output_fn, mask=mask)
     check_openness(field)
-    chosen = _corrector(corrector, field)
+    chosen = _corrector(corrector, field, wanted)
     exact = isinstance(chosen, GaussNewton)
     score = ("metric" if exact else "lamp") if score == "auto" else score
     objective = Sparsity(sparsity, exclude, score, pattern, allocation)
@@ -269,19 +271,28 @@ def _held_out(held_out: Any, batch_size: int | None) -> Batches | float:
     return _batches(held_out, batch_size, "held_out")
 
 
-def _corrector(corrector: str | Corrector, field: MetricField) -> Corrector:
+def _corrector(corrector: str | Corrector, field: MetricField, wanted: Sparsity) -> Corrector:
     if isinstance(corrector, Corrector):
         return corrector
     if corrector == "auto":
-        model = field.map.module
-        outputs = field.map(field.map.point(), field.function.batches.first())
-        width = sum(f[0].numel() for f in outputs)
-        rows = max(width, 1024)  # a step takes at least one batch
-        recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())  # whose rows have no fast way
-        small = rows * field.space.dim * 4 <= MAX_BYTES and not field.map.normalisers and not recurrent
-        corrector = "gauss-newton" if small else "first-order"
+        corrector = "gauss-newton" if _overdetermined(field, wanted) else "first-order"
     kinds = {"gauss-newton": GaussNewton(), "first-order": FirstOrder(), "layer-local": LayerLocal()}
     if corrector not in kinds:
         known = ", ".join(map(repr, kinds))
         raise ValueError(f"corrector: got {corrector!r}, expected one of 'auto', {known} or a Corrector")
     return kinds[corrector]
+
+
+def _overdetermined(field: MetricField, wanted: Sparsity) -> bool:
+    """Whether the weights that will be left are few beside the outputs that hold them, and least squares are quick."""
+    model = field.map.module
+    theta = field.map.point()
+    outputs = field.map(theta, field.function.batches.first())
+    rows = max(sum(f[0].numel() for f in outputs), 1024)  # a step takes at least one batch
+    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())  # whose rows have no fast way
+    if rows * field.space.dim * 4 > MAX_BYTES or field.map.normalisers or recurrent:
+        return False
+    target = wanted.target[-1] if isinstance(wanted.target, tuple) else wanted.target
+    share = 0.5 if target is None else target  # patterns with a share of their own: half, as 2 in 4 leave
+    left = field.space.dim - share * int(wanted.counted(field.map).sum())
+    return left <= LEFT * field.function.survey(theta).num_rows

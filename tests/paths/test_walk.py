@@ -316,9 +316,21 @@ def test_sparsify_in_one_call(corrector: str) -> None:
     assert kinds[corrector].__name__ in path.settings["method"]
 
 
-@pytest.mark.parametrize(("norm", "kind"), [(False, "GaussNewton"), (True, "FirstOrder")])
-def test_auto_picks_a_corrector_by_size_and_normalisation(norm: bool, kind: str) -> None:
-    path = sparsify(mlp(0, norm=norm), inputs(3, 40), 0.0)
+@pytest.mark.parametrize(
+    ("norm", "count", "sparsity", "kind"),
+    [
+        (False, 40, 0.0, "GaussNewton"),  # 57 weights, 48 of which may be zero, and 3 outputs an input
+        (False, 18, 0.0, "FirstOrder"),
+        (False, 18, (0.1, 0.7), "GaussNewton"),
+        (False, 18, (0.1, 0.2), "FirstOrder"),
+        (True, 40, 0.5, "FirstOrder"),
+    ],
+)
+def test_auto_picks_a_corrector_by_what_is_left_and_normalisation(
+    norm: bool, count: int, sparsity: float | tuple[float, ...], kind: str
+) -> None:
+    seen: list[str] = []
+    path = sparsify(mlp(0, norm=norm), inputs(3, count), sparsity, callback=lambda _: seen.append("one") or True)
     assert f"corrector={kind}(" in path.settings["method"]
 
 
