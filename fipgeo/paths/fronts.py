@@ -31,8 +31,9 @@ UNSTRUCTURED = Unstructured()
 EXACT = StepControl(initial=0.2, smallest=0.05, largest=0.4, tolerance=0.03)
 """Step sizes where every correction is nearly complete, so that drift tells how far a step was."""
 
-LEFT = 0.5
-"""Weights that are left, in units of protected outputs, up to which Gauss-Newton keeps more of the function."""
+FEW_LEFT, FEW_ROWS = 0.5, 2048
+"""Gauss-Newton keeps more of the function where at most so many weights are left, in units of protected outputs, or
+where these are so few that it sees them all at every step."""
 
 ROUGH = StepControl(initial=0.2, smallest=0.1, largest=0.25, tolerance=0.1)
 """Step sizes where corrections are cut short and the last one does most of the work."""
@@ -85,8 +86,8 @@ def sparsify(
             but that a point whose outputs on them are not finite is refused.
         budget: Largest drift allowed (see `Method`); None walks to the target whatever it costs.
         corrector: "gauss-newton", "first-order", "layer-local", a `Corrector`, or "auto": Gauss-Newton for small models
-            without BatchNorm or recurrent layers of which at most half as many weights will be left as there are
-            protected outputs, first-order otherwise.
+            without BatchNorm or recurrent layers where protected outputs are few (2,048) or at least twice the weights
+            that will be left; first-order otherwise.
         score: What decides which weights become zero: "metric", "lamp", "local", "obs", "magnitude", a `Score`, or
             "auto": the metric with Gauss-Newton, lamp with any other corrector (see the docs, Paths).
         max_steps: Accepted steps at most.
@@ -275,7 +276,7 @@ def _corrector(corrector: str | Corrector, field: MetricField, wanted: Sparsity)
     if isinstance(corrector, Corrector):
         return corrector
     if corrector == "auto":
-        corrector = "gauss-newton" if _overdetermined(field, wanted) else "first-order"
+        corrector = "gauss-newton" if _by_least_squares(field, wanted) else "first-order"
     kinds = {"gauss-newton": GaussNewton(), "first-order": FirstOrder(), "layer-local": LayerLocal()}
     if corrector not in kinds:
         known = ", ".join(map(repr, kinds))
@@ -283,8 +284,8 @@ def _corrector(corrector: str | Corrector, field: MetricField, wanted: Sparsity)
     return kinds[corrector]
 
 
-def _overdetermined(field: MetricField, wanted: Sparsity) -> bool:
-    """Whether the weights that will be left are few beside the outputs that hold them, and least squares are quick."""
+def _by_least_squares(field: MetricField, wanted: Sparsity) -> bool:
+    """Whether Gauss-Newton is quick on this model, and its least squares keep more than many minibatches do."""
     model = field.map.module
     theta = field.map.point()
     outputs = field.map(theta, field.function.batches.first())
@@ -295,4 +296,5 @@ def _overdetermined(field: MetricField, wanted: Sparsity) -> bool:
     target = wanted.target[-1] if isinstance(wanted.target, tuple) else wanted.target
     share = 0.5 if target is None else target  # patterns with a share of their own: half, as 2 in 4 leave
     left = field.space.dim - share * int(wanted.counted(field.map).sum())
-    return left <= LEFT * field.function.survey(theta).num_rows
+    held = field.function.survey(theta).num_rows
+    return held <= FEW_ROWS or left <= FEW_LEFT * held

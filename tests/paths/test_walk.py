@@ -327,11 +327,15 @@ def test_sparsify_in_one_call(corrector: str) -> None:
     ],
 )
 def test_auto_picks_a_corrector_by_what_is_left_and_normalisation(
-    norm: bool, count: int, sparsity: float | tuple[float, ...], kind: str
+    monkeypatch: pytest.MonkeyPatch, norm: bool, count: int, sparsity: float | tuple[float, ...], kind: str
 ) -> None:
-    seen: list[str] = []
-    path = sparsify(mlp(0, norm=norm), inputs(3, count), sparsity, callback=lambda _: seen.append("one") or True)
-    assert f"corrector={kind}(" in path.settings["method"]
+    def chosen() -> str:
+        path = sparsify(mlp(0, norm=norm), inputs(3, count), sparsity, callback=lambda _: True)
+        return path.settings["method"]
+
+    assert f"corrector={'FirstOrder' if norm else 'GaussNewton'}(" in chosen()  # so few outputs are seen all at once
+    monkeypatch.setattr("fipgeo.paths.fronts.FEW_ROWS", 50)
+    assert f"corrector={kind}(" in chosen()
 
 
 def test_model_and_output_functions_reach_the_whole_walk() -> None:
