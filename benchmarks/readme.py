@@ -31,13 +31,15 @@ def pruned(network: str, zeros: float, method: str) -> str:
 
 
 def ahead() -> str:
-    """In how many cases fipgeo ends above gradual pruning with distillation, of how many."""
+    """In how many cases fipgeo ends above gradual pruning with distillation, by the mean over seeds, of how many."""
+    cases = sorted({r["case"] for r in read("sparsify") if r["method"] == GRADUAL})
     ours, theirs = (
-        {r["case"]: r["value"] for r in read("sparsify") if r["method"] == method and r["seed"] == 0}
+        [mean(measured("sparsify", case=case, method=method, figure="test_accuracy")) for case in cases]
         for method in ("fipgeo", GRADUAL)
     )
-    assert all(abs(ours[case] - value) < 1.1 for case, value in theirs.items()), "the sentence below says so"
-    return f"{sum(ours[case] > value for case, value in theirs.items())} of {len(theirs)} cases"
+    gains = [a - b for a, b in zip(ours, theirs, strict=True)]
+    assert min(gains) > -1.1, "the sentence below says so"
+    return f"{sum(gain > 0 for gain in gains)} of {len(cases)} cases"
 
 
 def table() -> str:
@@ -74,7 +76,7 @@ Dense: {pruned(RESNET, 0, "dense")} (CIFAR-10 ResNet-20), {pruned(LENET, 0, "den
 Gradual magnitude pruning with distillation of hidden features takes about the same time and comes with no certificate.
 On the ResNet-20 it ends at {pruned(RESNET, 0.9, GRADUAL)} with 90 % zeros, where fipgeo has
 {pruned(RESNET, 0.9, "fipgeo")}, and on LeNet-5 at {pruned(LENET, 0.95, GRADUAL)} with 95 %, where fipgeo has
-{pruned(LENET, 0.95, "fipgeo")}; fipgeo is ahead in {ahead()} measured so far, about a point at most apart.
+{pruned(LENET, 0.95, "fipgeo")}; fipgeo is ahead in {ahead()} measured so far, and a point behind at most in the others.
 [Sparsity](docs/sparsity.md) has curves, more networks and methods, and how it was measured.
 
 **Learning without forgetting.** A network that knows MNIST is taught Fashion-MNIST, one head of 20 outputs, in
