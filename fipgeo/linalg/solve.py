@@ -180,10 +180,10 @@ class _ConjugateGradients:
         # below eps |A| |x| the rounding of x alone moves the residual, and starting again does not help
         floor = torch.finfo(self.x.dtype).eps * self.highest[some] * norms(self.x[some])
         stuck = ~done & torch.where(near, ~(after <= 0.9 * before), ~(after <= 0.5 * before) | (after <= floor))
-        is_done, is_stuck, is_far = (claimed.index_put((claimed,), mask) for mask in (done, stuck, ~near))
+        is_done, is_stuck = (claimed.index_put((claimed,), mask) for mask in (done, stuck))
         self.stop(is_done, Outcome.CONVERGED, measured=True)
         self.stop(is_stuck[~is_done], Outcome.STAGNATED, measured=True)
-        return is_far[~is_done & ~is_stuck]
+        return claimed[~is_done & ~is_stuck]
 
     def turn(self, fresh: Tensor) -> None:
         """New directions for the live rows, conjugate to the last ones except where `fresh`."""

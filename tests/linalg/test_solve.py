@@ -1,6 +1,7 @@
 """Iterative and direct solves against torch.linalg, their verdicts, and what they cost."""
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -212,3 +213,14 @@ def test_solvers_leave_no_graph_behind() -> None:
     b = torch.ones(3, requires_grad=True)
     assert not cg(Dense(matrix, psd=True), b).value.requires_grad
     assert not lsmr(Dense(matrix), b).value.requires_grad
+
+
+def test_float32_goes_on_from_the_true_residual_with_new_directions() -> None:
+    """Old directions are not conjugate to it: going on along them ends above what float32 can reach, or diverges."""
+    found = []
+    for lowest, seed in product((-2.5, -3.0), range(4)):
+        a = root_with(seed, torch.logspace(0, lowest, 100), 100, 400)
+        b = (draw(seed, 100) @ a).float()
+        found.append(cg(Gram(Dense(a.float())), b, damping=1e-3, rtol=1e-6))
+        assert float(found[-1].residual) < 2e-6
+    assert sum(each.ok for each in found) >= 7
