@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fipgeo.tangent.heads import Heads
+
 Dual = tuple[Tensor | None, Tensor | None]
 """A value and its tangent, or None for either."""
 
@@ -42,11 +44,14 @@ def usable(weights: Iterable[Tensor]) -> bool:
 
 
 def split(t: Tensor | None) -> Dual:
-    """Value and tangent."""
+    """Value and tangent.
+
+    The value that torch unpacks is a view, which would keep the dual number and its tangent as long as a graph holds it.
+    """
     if t is None:
         return None, None
-    found = forward_ad.unpack_dual(t)
-    return found.primal, found.tangent
+    value, tangent = forward_ad.unpack_dual(t)
+    return value if value.requires_grad else value.detach(), tangent
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -173,7 +178,7 @@ def attention(
 ) -> Tensor | None:
     """The value P v, P = softmax(q k^T), and the tangent T v + P v' - rowsum(T) P v, T = P * (q' k^T + q k'^T).
 
-    Two tables of the size of P are made besides it, and no mask is looked for.
+    No mask is looked for, and no table of the size of P is kept where values have no graph (see `Heads`).
     """
     (q, dq), (k, dk), (v, dv) = split(query), split(key), split(value)
     if dropout_p or is_causal or attn_mask is not None or enable_gqa or q is None or k is None or v is None:
@@ -182,11 +187,12 @@ def attention(
         return None
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     q, dq, k, dk, v, dv = (t.reshape(-1, *t.shape[-2:]) for t in (q * factor, dq * factor, k, dk, v, dv))
-    shares = (q @ k.transpose(1, 2)).softmax(-1)
-    out = shares @ v
-    moved = (dq @ k.transpose(1, 2)).baddbmm_(q, dk.transpose(1, 2))
-    moved = moved * shares if shares.requires_grad else moved.mul_(shares)
-    change = (shares @ dv).baddbmm_(moved, v).addcmul_(moved.sum(-1, keepdim=True), out, value=-1)
+    if any(t.requires_grad for t in (q, k, v)):
+        shares = (q @ k.mT).softmax(-1)
+        out, moved = shares @ v, (dq @ k.mT).baddbmm(q, dk.mT) * shares
+        change = (shares @ dv).baddbmm(moved, v).addcmul(moved.sum(-1, keepdim=True), out, value=-1)
+    else:
+        change, out = Heads.apply(dq, dk, dv, q, k, v)  # type: ignore[misc]
     shape = (*query.shape[:-1], v.shape[-1])
     return forward_ad.make_dual(out.view(shape), change.view(shape))
 
