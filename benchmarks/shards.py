@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 import fipgeo
 from benchmarks.pretrained import _network, folder
 from benchmarks.texts import TEXTS, End, encoder, packed, sentences
-from fipgeo.tangent import Pool
+from fipgeo.tangent import Pool, learned_weights
 
 IMAGES = {"eurosat": "eurosat32", "gtsrb": "gtsrb32", "cifar10": "cifar10_train10k"}
 SETTINGS = [*IMAGES, *TEXTS]
@@ -197,15 +197,16 @@ def shards(case: str, seed: int, held_out: bool) -> list[dict[str, Any]]:
     pool = Pool(data.net, [component(data, index, f"{i:02}") for i, index in enumerate(parts)])
     fitted = time.process_time() - begun
     for name, index in zip(pool.components, parts, strict=True):
-        pool.measure((data.x[index], data.y[index]), name, kappa=data.options.kappa)
-    weights = pool.weights()
+        pool.measure((data.x[index], data.y[index]), name, by="tensor", kappa=data.options.kappa)
+    weights, coarse = pool.weights(), [e.by_component() for e in pool.evidence.values()]
     tuned = [finetuned(data, index, seed) for index in parts]
     together, whole, took = joint(setting, seed, held_out)
     mean, states = copy.deepcopy(data.net), [net.state_dict() for net in tuned]
     mean.load_state_dict({n: torch.stack([s[n].double() for s in states]).mean(0).to(t) for n, t in states[0].items()})
     nets = {
         "components, mean": pool.model(),
-        "components, learned weights": pool.model(weights),
+        "components, learned weights": pool.model(learned_weights(pool.components, coarse)),
+        "components, learned weights of tensors": pool.model(weights),
         "fine-tuned, mean of weights": mean,
         "tangent model, all parts": fipgeo.compose(data.net, [whole]),
         "fine-tuned, all parts": together,
@@ -217,7 +218,6 @@ def shards(case: str, seed: int, held_out: bool) -> list[dict[str, Any]]:
     if split.startswith("class"):
         scores["components with a drift penalty, sum"] = outputs(drifting(data, parts), data.x_test)
     found = accuracies(scores, data.y_test, split)
-    found[1] |= {"weights": {name: round(w, 4) for name, w in weights.items()}}
     found = [r | {"options": data.options._asdict()} for r in found]
     return [*found, *forgetting(pool, data, parts[-1], together, {"joint": took, "components": fitted})]
 
@@ -280,7 +280,7 @@ def forgetting(
     nets = {
         "the component alone": alone,
         "fine-tuned, all parts": together,
-        "components, learned weights": holds,
+        "components, learned weights of tensors": holds,
         "after forgetting": model,
         "never had it": never,
     }

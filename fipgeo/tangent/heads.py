@@ -34,7 +34,10 @@ class Heads(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tangent and value."""
         ctx.save_for_backward(q, k, v)
         out = v.new_empty(*q.shape[:2], v.shape[-1])
         change = torch.empty_like(out)
@@ -49,6 +52,7 @@ class Heads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The transpose, differentiable in its own right."""
         return *_Pulled.apply(grad, *ctx.saved_tensors), None, None, None  # type: ignore[misc]
 
 

@@ -46,7 +46,7 @@ def usable(weights: Iterable[Tensor]) -> bool:
 def split(t: Tensor | None) -> Dual:
     """Value and tangent.
 
-    The value that torch unpacks is a view, which would keep the dual number and its tangent as long as a graph holds it.
+    The value that torch unpacks is a view, which keeps the dual number and its tangent as long as a graph holds it.
     """
     if t is None:
         return None, None
@@ -76,7 +76,8 @@ class _Convolved(torch.autograd.Function):
     def forward(ctx: Any, dx: Tensor, w: Tensor, sizes: list[list[int]], groups: int) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(w)
         ctx.shape, ctx.options = dx.shape, (*sizes, False, [0] * len(sizes[0]), groups)
-        return torch.convolution(dx, w, None, *ctx.options)
+        stride, padding, dilation = sizes
+        return torch.convolution(dx, w, None, stride, padding, dilation, False, [0] * len(stride), groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
