@@ -87,6 +87,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="turns of every contestant")
     parser.add_argument("--batch", type=int, default=64, help="images in a call whose cost is measured")
     parser.add_argument("--held-out", action="store_true", help="accuracy on unseen training images, not recorded")
+    parser.add_argument("--components", action="store_true", help="of shards, only what is made of their components")
     parser.add_argument("--again", action="store_true", help="measure what is on record too")
     parser.add_argument("--plan", action="store_true", help="print the cells and stop")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
@@ -279,7 +280,7 @@ def adam(net: nn.Module, x: Tensor, y: Tensor, ridge: float, kappa: float, rate:
 PARTS: dict[str, Callable[[Cell, argparse.Namespace], list[dict[str, Any]]]] = {
     "cost": cost,
     "memory": memory,
-    "shards": lambda cell, args: shards(cell.case, cell.seed, args.held_out),
+    "shards": lambda cell, args: shards(cell.case, cell.seed, args.held_out, not args.components),
     "fit": fit,
 }
 
