@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +87,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="turns of every contestant")
     parser.add_argument("--batch", type=int, default=64, help="images in a call whose cost is measured")
     parser.add_argument("--held-out", action="store_true", help="accuracy on unseen training images, not recorded")
+    parser.add_argument("--components", action="store_true", help="of shards, only what is made of their components")
     parser.add_argument("--again", action="store_true", help="measure what is on record too")
     parser.add_argument("--plan", action="store_true", help="print the cells and stop")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
@@ -160,12 +163,44 @@ def step(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Any]:
 
 
 def memory(cell: Cell, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What a training step on 256 images adds to the process at its peak, over the plain network's."""
+    """What a training step on 256 images adds to the process at its peak, over the plain network's.
+
+    Once with every tensor given back to the system when it is freed, so that the size is that of what lives together,
+    and once with the memory that the C library keeps for later, by its own rules.
+    """
     del args
+    found = []
+    for figure, threshold in (("peak memory", str(2**16)), ("peak memory, with what malloc keeps", None)):
+        with environment(MALLOC_MMAP_THRESHOLD_=threshold):
+            plain, tangent = (alone(cell.case, kind) for kind in ("plain", "tangent"))
+        record = {"method": "tangent", "figure": figure, "value": tangent / plain, "unit": "plain"}
+        found.append(record | {"mib": [round(tangent / 2**10, 1), round(plain / 2**10, 1)], "batch": 256})
+    return found
+
+
+def alone(case: str, kind: str) -> int:
+    """`peak` in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as workers:
-        plain, tangent = (workers.apply(peak, (cell.case, kind)) for kind in ("plain", "tangent"))
-    record = {"method": "tangent", "figure": "peak memory", "value": tangent / plain, "unit": "plain"}
-    return [record | {"mib": [round(tangent / 2**10, 1), round(plain / 2**10, 1)], "batch": 256}]
+        return workers.apply(peak, (case, kind))
+
+
+@contextmanager
+def environment(**changes: str | None) -> Iterator[None]:
+    """Variables of processes that are started inside; None for one that is not set."""
+    before = {name: os.environ.get(name) for name in changes}
+    try:
+        _put(changes)
+        yield
+    finally:
+        _put(before)
+
+
+def _put(variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def peak(case: str, kind: str) -> int:
@@ -245,7 +280,7 @@ def adam(net: nn.Module, x: Tensor, y: Tensor, ridge: float, kappa: float, rate:
 PARTS: dict[str, Callable[[Cell, argparse.Namespace], list[dict[str, Any]]]] = {
     "cost": cost,
     "memory": memory,
-    "shards": lambda cell, args: shards(cell.case, cell.seed, args.held_out),
+    "shards": lambda cell, args: shards(cell.case, cell.seed, args.held_out, not args.components),
     "fit": fit,
 }
 

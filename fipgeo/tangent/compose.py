@@ -13,9 +13,12 @@ from fipgeo.tangent.component import Component, base_of, fingerprint
 from fipgeo.tangent.model import TangentModel, frozen_copy
 from fipgeo.tangent.push import over_outputs
 
-Weights = str | float | Mapping[str, float] | Sequence[float] | Tensor
-"""How components are weighted: "mean" (1/n each), "sum" (1 each), one number for all, a number by name, or numbers (a
-tensor of them) in the order of the components. Negative ones subtract what was learned."""
+Factor = float | Mapping[str, float]
+"""Of a component: one number, or one for each of its tensors."""
+
+Weights = str | float | Mapping[str, float] | Mapping[str, Mapping[str, float]] | Sequence[float] | Tensor
+"""How components are weighted: "mean" (1/n each), "sum" (1 each), one number for all, a number by name or one by name
+and tensor, or numbers (a tensor of them) in the order of the components. Negative ones subtract what was learned."""
 
 
 def compose(
@@ -69,7 +72,7 @@ def combined(components: Sequence[Component], weights: Weights = "mean") -> dict
     total: dict[str, Tensor] = {}
     for part in sorted(components, key=lambda c: c.name):
         for name, t in part.tangents.items():
-            scaled = numbers[part.name] * t.detach().double()
+            scaled = factor_of(numbers[part.name], name) * t.detach().double()
             if name in total and total[name].shape != t.shape:
                 raise ValueError(
                     f"components: {part.name!r} has {name} of shape {list(t.shape)}, others {list(total[name].shape)}"
@@ -78,8 +81,13 @@ def combined(components: Sequence[Component], weights: Weights = "mean") -> dict
     return total
 
 
-def weights_by_name(components: Sequence[Component], weights: Weights) -> dict[str, float]:
-    """One number for each component, by name.
+def factor_of(factor: Factor, tensor: str) -> float:
+    """The number that a tensor of a component is multiplied with."""
+    return factor[tensor] if isinstance(factor, Mapping) else factor
+
+
+def weights_by_name(components: Sequence[Component], weights: Weights) -> dict[str, Factor]:
+    """One number for each component, or one for each of its tensors, by name.
 
     Raises:
         ValueError: Names of components repeat, an unknown word, missing or unknown names, a wrong count, or a number
@@ -96,6 +104,7 @@ def weights_by_name(components: Sequence[Component], weights: Weights) -> dict[s
         if weights not in words:
             raise ValueError(f"weights: got {weights!r}, expected 'mean', 'sum', a number, or numbers by name")
         return dict.fromkeys(names, words[weights])
+    found: dict[str, Factor]
     if isinstance(weights, int | float | Real):
         found = dict.fromkeys(names, float(weights))
     elif isinstance(weights, Mapping):
@@ -105,15 +114,29 @@ def weights_by_name(components: Sequence[Component], weights: Weights) -> dict[s
                 f"weights: {odd[0]!r} is {'a weight' if odd[0] in weights else 'a component'} alone; "
                 "expected one number for each component and no others"
             )
-        found = {name: float(weights[name]) for name in names}
+        found = {part.name: _factor(part, weights[part.name]) for part in components}
     else:
         if len(weights) != len(names):
             raise ValueError(f"weights: got {len(weights)} numbers for {len(names)} components; expected one for each")
         found = {name: float(w) for name, w in zip(names, weights, strict=True)}
-    wrong = [name for name, w in found.items() if not math.isfinite(w)]
-    if wrong:
-        raise ValueError(f"weights: {wrong[0]!r} has {found[wrong[0]]}; expected finite numbers")
+    for name, factor in found.items():
+        for w in factor.values() if isinstance(factor, Mapping) else [factor]:
+            if not math.isfinite(w):
+                raise ValueError(f"weights: {name!r} has {w}; expected finite numbers")
     return found
+
+
+def _factor(part: Component, factor: float | Mapping[str, float]) -> Factor:
+    """One number, or one for each tensor that the component has."""
+    if not isinstance(factor, Mapping):
+        return float(factor)
+    odd = sorted(set(factor) ^ set(part.tangents))
+    if odd:
+        raise ValueError(
+            f"weights: of {part.name!r}, {odd[0]!r} is {'a weight' if odd[0] in factor else 'a tensor'} alone; expected"
+            " one number for each of its tensors and no others"
+        )
+    return {name: float(w) for name, w in factor.items()}
 
 
 class Ensemble(nn.Module):
@@ -129,7 +152,7 @@ class Ensemble(nn.Module):
 
     Attributes:
         members: A tangent model for each component, in the order of the names.
-        weights: Their weights, in this order.
+        weights: Their weights, in this order; one where tensors of a member were multiplied with theirs.
 
     Raises:
         ValueError: As `compose`; or there is no component.
@@ -156,9 +179,13 @@ class Ensemble(nn.Module):
             part.check(code)
         parts = sorted(parts, key=lambda c: c.name)
         shared = frozen_copy(base_of(base), share=not copy)
-        made = (TangentModel(shared, list(p.tangents), copy=False).assign_(p.tangents) for p in parts)
-        self.members = nn.ModuleList(made)
-        self.weights = [numbers[part.name] for part in parts]
+        self.members, self.weights = nn.ModuleList(), []
+        for part in parts:
+            factor, tangents = numbers[part.name], part.tangents
+            if isinstance(factor, Mapping):
+                factor, tangents = 1.0, {name: factor[name] * t for name, t in tangents.items()}
+            self.members.append(TangentModel(shared, list(tangents), copy=False).assign_(tangents))
+            self.weights.append(factor)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns for these inputs, every floating tensor summed over the members."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +20,25 @@ from fipgeo.tangent.component import Component, base_of, digest, fingerprint
 from fipgeo.tangent.fit import lacking
 
 KIND = "evidence"
+WHOLE = "*"
+RIDGES = {"component": 1.0, "tensor": 0.01}
+"""Of `learned_weights`, by what has a weight of its own; chosen on held-out images of parts with different classes."""
+
+Learned = Mapping[str, float] | Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    r"""Sufficient statistics of a shard for the weights of r components under square loss.
+    r"""Sufficient statistics of a shard for the weights of components under square loss.
 
-    With u_i = J tau_i the change of the outputs by a component, and d = kappa e_y - f_0 what the outputs lack,
+    With u_i = J tau_i the change of the outputs by a component, or by one of its tensors, and d = kappa e_y - f_0 what
+    the outputs lack,
 
         sum over the shard of |f_0 + sum_i w_i u_i - kappa e_y|^2 = w^T A w - 2 w^T b + energy
         A_ij = sum u_i . u_j,   b_i = sum u_i . d,   energy = sum |d|^2
 
     A is the metric of the outputs on the shard, pulled back to the span of the components. Examples cannot be told from
-    these numbers where there are more of them than components, and none are needed again.
+    these numbers where there are more of them than rows, and none are needed again.
 
     Attributes:
         shard: Whose examples they are; `Pool.forget` takes a component and the evidence of its name together.
@@ -42,6 +48,7 @@ class Evidence:
         cross: b `[r]`, in float64.
         energy: sum |d|^2.
         count: Outputs that the sums are over: examples times classes.
+        rows: What each row of A is about: a component, and one of its tensors or "*" for all of them.
 
     Examples:
         >>> net = nn.Linear(2, 2)
@@ -58,6 +65,11 @@ class Evidence:
     cross: Tensor
     energy: float
     count: int
+    rows: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            object.__setattr__(self, "rows", tuple((name, WHOLE) for name in self.digests))
 
     @classmethod
     def of(
@@ -67,14 +79,15 @@ class Evidence:
         data: Any,
         shard: str,
         *,
+        by: str = "component",
         kappa: float = 15.0,
         batch_size: int | None = None,
         forward_fn: ForwardFn | None = None,
         output_fn: OutputFn | None = None,
     ) -> Evidence:
-        """Measure a shard: one forward-mode pass over its examples for each component; holds r N C numbers meanwhile.
+        """Measure a shard: a forward-mode pass over its examples for each of the r rows; holds r N C numbers meanwhile.
 
-        Each number is made of two components at most, by operations that do not depend on how many there are, so it
+        Each number is made of two rows at most, by operations that do not depend on how many there are, so it
         has the same bits whatever other components are measured beside it.
 
         Args:
@@ -82,14 +95,18 @@ class Evidence:
             components: What weights are wanted for.
             data: Examples with labels, as `fit_square_` takes them.
             shard: What to call it.
+            by: "component" for one row and one weight each, or "tensor" for one of each tensor of each component.
             kappa: Score of the right class, as the components were trained.
             batch_size: Examples in a batch when `data` is tensors.
             forward_fn: (module, batch) -> raw outputs, for a module with a signature of its own.
             output_fn: Raw outputs -> the tensor `[n, ..., C]` that is compared with the labels.
 
         Raises:
-            ValueError: A component belongs to another base, names repeat, or the data has no labels.
+            ValueError: A component belongs to another base, names repeat, `by` is another word, or the data has no
+                labels.
         """
+        if by not in ("component", "tensor"):
+            raise ValueError(f"by: got {by!r}, expected 'component' or 'tensor'")
         code, parts = fingerprint(base), sorted(components, key=lambda c: c.name)
         for part in parts:
             part.check(code)
@@ -99,9 +116,10 @@ class Evidence:
         module, batches = base_of(base), as_batches(data, batch_size, "data")
         lack: Tensor | None = None
         changes: list[Tensor] = []
+        rows = [(p, name) for p in parts for name in (sorted(p.tangents) if by == "tensor" else [WHOLE])]
         roots: dict[tuple[str, ...], JacobianRoot] = {}
-        for part in parts:
-            names = tuple(sorted(part.tangents))
+        for part, name in rows:
+            names = tuple(sorted(part.tangents)) if name == WHOLE else (name,)
             if names not in roots:
                 where = OutputMap(module, lambda n, _, s=names: n in s, forward_fn=forward_fn, output_fn=output_fn)
                 function = EmbeddedOutputs(where, Euclidean(), batches)
@@ -109,20 +127,26 @@ class Evidence:
                 if lack is None:
                     lack = torch.cat([t.reshape(-1) for t in lacking(function, where.point(), kappa)]).double()
             root = roots[names]
-            tau = root.function.map.space.ravel({n: t.to(root.device) for n, t in part.tangents.items()})
+            tau = root.function.map.space.ravel({n: part.tangents[n].to(root.device) for n in names})
             changes.append(root(tau.to(root.dtype)))
         if lack is None:
             raise ValueError("components: got none; expected at least one to measure")
-        gram = torch.tensor([[_dot(u, v) for v in changes[: i + 1]] + [0.0] * (len(parts) - i - 1)
+        gram = torch.tensor([[_dot(u, v) for v in changes[: i + 1]] + [0.0] * (len(changes) - i - 1)
                              for i, u in enumerate(changes)], dtype=torch.float64)  # fmt: skip
         gram = gram + gram.tril(-1).T
         cross = torch.tensor([_dot(u, lack) for u in changes], dtype=torch.float64)
-        return cls(shard, named, code, gram, cross, _dot(lack, lack), len(lack))
+        kinds = tuple((part.name, name) for part, name in rows)
+        return cls(shard, named, code, gram, cross, _dot(lack, lack), len(lack), kinds)
 
     @property
     def names(self) -> list[str]:
         """The components, in the order of the rows."""
         return list(self.digests)
+
+    @property
+    def by(self) -> str:
+        """What has a row of its own: "component" or "tensor"."""
+        return "component" if all(name == WHOLE for _, name in self.rows) else "tensor"
 
     def restricted(self, names: Collection[str]) -> Evidence:
         """The rows and columns of some components, bit for bit what measuring them alone gives.
@@ -133,13 +157,22 @@ class Evidence:
         odd = sorted(set(names) - set(self.digests))
         if odd:
             raise ValueError(f"names: shard {self.shard!r} has not measured {odd[0]!r}; it knows {self.names}")
-        rows = torch.tensor([i for i, name in enumerate(self.digests) if name in names], dtype=torch.long)
+        kept = torch.tensor([i for i, (name, _) in enumerate(self.rows) if name in names], dtype=torch.long)
         digests = {name: code for name, code in self.digests.items() if name in names}
-        gram, cross = self.gram[rows][:, rows], self.cross[rows]
-        return Evidence(self.shard, digests, self.base, gram, cross, self.energy, self.count)
+        gram, cross, rows = self.gram[kept][:, kept], self.cross[kept], tuple(self.rows[i] for i in kept.tolist())
+        return Evidence(self.shard, digests, self.base, gram, cross, self.energy, self.count, rows)
+
+    def by_component(self) -> Evidence:
+        """The same with one row for each component: evidence by tensor says it, up to rounding."""
+        places = {name: i for i, name in enumerate(self.names)}
+        sums = torch.zeros(len(places), len(self.rows), dtype=torch.float64)
+        for j, (name, _) in enumerate(self.rows):
+            sums[places[name], j] = 1.0
+        gram, cross = sums @ self.gram @ sums.T, sums @ self.cross
+        return Evidence(self.shard, self.digests, self.base, gram, cross, self.energy, self.count)
 
     def loss(self, weights: Tensor) -> float:
-        """`rescaled_square_loss` of the composition on this shard's examples, from the numbers alone."""
+        """`rescaled_square_loss` of the composition on this shard's examples, from the numbers and a weight per row."""
         w = weights.double()
         return float(w @ self.gram @ w - 2 * w @ self.cross + self.energy) / self.count
 
@@ -155,6 +188,7 @@ class Evidence:
             "shard": self.shard,
             "components": [list(pair) for pair in self.digests.items()],
             "base": self.base,
+            "rows": [list(pair) for pair in self.rows],
         }
         meta |= {"energy": self.energy, "count": self.count}
         save_record(path, {"gram": self.gram, "cross": self.cross}, meta, overwrite=overwrite)
@@ -170,30 +204,38 @@ class Evidence:
         if meta.get("kind") != KIND:
             raise ValueError(f"{str(path)!r} holds no evidence; pass a file that Evidence.save wrote")
         digests = {str(name): str(code) for name, code in meta["components"]}
-        return cls(
-            meta["shard"], digests, meta["base"], tensors["gram"], tensors["cross"], meta["energy"], meta["count"]
-        )
+        rows = tuple((str(name), str(tensor)) for name, tensor in meta.get("rows", []))
+        numbers = tensors["gram"], tensors["cross"], meta["energy"], meta["count"]
+        return cls(meta["shard"], digests, meta["base"], *numbers, rows)
 
     def __repr__(self) -> str:
         return f"Evidence({self.shard!r}: {self.count:,} outputs on {len(self.digests)} components)"
 
 
-def learned_weights(names: Collection[str], evidence: Iterable[Evidence], *, ridge: float = 0.1) -> dict[str, float]:
+def learned_weights(names: Collection[str], evidence: Iterable[Evidence], *, ridge: float | None = None) -> Learned:
     r"""Weights of components that minimise the square loss on all shards together, pulled towards the mean.
 
-        w = argmin  sum_s (w^T A_s w - 2 w^T b_s) + ridge a |w - 1/n|^2,   a = mean of the diagonal of sum_s A_s
+        w = argmin  w^T A w - 2 w^T b + ridge sum_j A_jj (w_j - 1/n)^2,   A = sum_s A_s, b = sum_s b_s
 
-    One r x r system. Sums are taken in the order of the shards' names, so that the result depends on which components
-    and which shards there are, and has the bits of a history in which there never were others.
+    One linear system, of as many rows as the evidence has: with evidence by tensor each component has a weight for each
+    of its tensors, and the composition is still one tangent model. The pull counts what a row changes of the outputs,
+    so a component in other units gets the same model. Sums are taken in the order of the shards' names, so that the
+    result depends on which components and which shards there are, and has the bits of a history in which there never
+    were others.
 
     Args:
         names: The components that there are to be weights for.
         evidence: Of every shard, on all these components at least.
-        ridge: Strength of the pull; with a large one weights are 1/n.
+        ridge: Strength of the pull; with a large one weights are 1/n. None for 1 with a weight per component and 0.01
+            with one per tensor. Shards measure what was trained on them, which flatters a component at home; the pull
+            is against that.
+
+    Returns:
+        As `compose` takes them: a number by component, or numbers by component and tensor.
 
     Raises:
         ValueError: There is no evidence, a shard has not measured a component, two shards measured different values
-            under one name or speak of different bases, shards' names repeat, or ridge is not positive.
+            under one name, in different rows or on different bases, shards' names repeat, or ridge is not positive.
 
     Examples:
         >>> net = nn.Linear(2, 2)
@@ -205,7 +247,7 @@ def learned_weights(names: Collection[str], evidence: Iterable[Evidence], *, rid
         >>> abs(learned_weights(["a"], [found], ridge=1e-9)["a"] - missing) < 1e-5
         True
     """
-    if not (ridge > 0 and math.isfinite(ridge)):
+    if ridge is not None and not (ridge > 0 and math.isfinite(ridge)):
         raise ValueError(f"ridge: got {ridge}, expected a positive number")
     shards = sorted(evidence, key=lambda e: e.shard)
     order = sorted(names)
@@ -215,21 +257,34 @@ def learned_weights(names: Collection[str], evidence: Iterable[Evidence], *, rid
         return {}
     restricted = [shard.restricted(order) for shard in shards]
     for one, two in zip(restricted, restricted[1:], strict=False):
-        if one.shard == two.shard:
-            raise ValueError(f"evidence: two pieces come from shard {one.shard!r}; expected one of each")
-        if (one.base, one.digests) != (two.base, two.digests):
-            raise ValueError(
-                f"evidence: shards {one.shard!r} and {two.shard!r} measured different components or bases under the"
-                " same names; measure the components that are to be composed"
-            )
+        _check_pair(one, two)
     gram, cross = restricted[0].gram.clone(), restricted[0].cross.clone()
     for shard in restricted[1:]:
         gram, cross = gram + shard.gram, cross + shard.cross
-    size = gram.diagonal().mean()
-    pull = ridge * (size if bool(size > 0) else torch.ones_like(size))
-    system = gram + pull * torch.eye(len(order), dtype=torch.float64)
-    found = torch.linalg.solve(system, cross + pull / len(order))
-    return dict(zip(order, found.tolist(), strict=True))
+    rows, by = restricted[0].rows, restricted[0].by
+    sizes = gram.diagonal()
+    least = 1e-6 * float(sizes.mean())
+    pull = (RIDGES[by] if ridge is None else ridge) * sizes.clamp_min(least if least > 0 else 1.0)
+    found = torch.linalg.solve(gram + pull.diag(), cross + pull / len(order)).tolist()
+    if by == "component":
+        return {name: w for (name, _), w in zip(rows, found, strict=True)}
+    return {name: {t: w for (n, t), w in zip(rows, found, strict=True) if n == name} for name in order}
+
+
+def _check_pair(one: Evidence, two: Evidence) -> None:
+    """Refuse to add up two pieces of evidence of one shard, or of different things."""
+    if one.shard == two.shard:
+        raise ValueError(f"evidence: two pieces come from shard {one.shard!r}; expected one of each")
+    if (one.base, one.digests) != (two.base, two.digests):
+        raise ValueError(
+            f"evidence: shards {one.shard!r} and {two.shard!r} measured different components or bases under the"
+            " same names; measure the components that are to be composed"
+        )
+    if one.rows != two.rows:
+        raise ValueError(
+            f"evidence: shard {one.shard!r} measured by {one.by}, shard {two.shard!r} by {two.by}; measure all shards"
+            " with the same by=..."
+        )
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fipgeo.tangent.component import Component, base_of, fingerprint
 from fipgeo.tangent.compose import Ensemble, Weights, combined
-from fipgeo.tangent.evidence import Evidence, learned_weights
+from fipgeo.tangent.evidence import Evidence, Learned, learned_weights
 from fipgeo.tangent.model import TangentModel, frozen_copy
 
 
@@ -128,7 +128,7 @@ class Pool:
     def _unhear(self, shard: str) -> None:
         self.record.append(Entry("unhear", shard, self.evidence.pop(shard).digest()))
 
-    def weights(self, *, ridge: float = 0.1) -> dict[str, float]:
+    def weights(self, *, ridge: float | None = None) -> Learned:
         """Weights learned from the evidence (see `learned_weights`).
 
         Raises:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fipgeo.tangent.heads import Heads
+
 Dual = tuple[Tensor | None, Tensor | None]
 """A value and its tangent, or None for either."""
 
@@ -42,11 +44,14 @@ def usable(weights: Iterable[Tensor]) -> bool:
 
 
 def split(t: Tensor | None) -> Dual:
-    """Value and tangent."""
+    """Value and tangent.
+
+    The value that torch unpacks is a view, which keeps the dual number and its tangent as long as a graph holds it.
+    """
     if t is None:
         return None, None
-    found = forward_ad.unpack_dual(t)
-    return found.primal, found.tangent
+    value, tangent = forward_ad.unpack_dual(t)
+    return value if value.requires_grad else value.detach(), tangent
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -64,20 +69,44 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
     return forward_ad.make_dual(out, moved.view(out.shape))
 
 
+class _Convolved(torch.autograd.Function):
+    """The convolution of a tangent with a kernel that has none and no graph: unlike torch's own it does not keep x'."""
+
+    @staticmethod
+    def forward(ctx: Any, dx: Tensor, w: Tensor, sizes: list[list[int]], groups: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(w)
+        ctx.shape, ctx.options = dx.shape, (*sizes, False, [0] * len(sizes[0]), groups)
+        stride, padding, dilation = sizes
+        return torch.convolution(dx, w, None, stride, padding, dilation, False, [0] * len(stride), groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (w,) = ctx.saved_tensors
+        like = grad.new_empty(1).expand(ctx.shape)  # only its shape is looked at
+        whole = torch.ops.aten.convolution_backward
+        return whole(grad, like, w, None, *ctx.options, [True, False, False])[0], None, None, None
+
+
 def convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
     """The rule of a convolution, as that of `linear`."""
 
+    def pushed(dx: Tensor, w: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Tensor:
+        dims = w.dim() - 2
+        if isinstance(padding, str) or w.requires_grad or dx.dim() != w.dim():
+            return function(dx, w, None, stride, padding, dilation, groups)
+        sizes = [[o] * dims if isinstance(o, int) else [*o, *o][:dims] for o in (stride, padding, dilation)]
+        return _Convolved.apply(dx, w, sizes, groups)  # type: ignore[return-value]
+
     def rule(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
         (x, dx), (w, dw), (b, db) = split(input), split(weight), split(bias)
-        if dx is None and dw is None:
+        if (dx is None and dw is None) or w is None:
             return None
         out = function(x, w, b, *args, **kwargs)
-        if dx is None:
-            return forward_ad.make_dual(out, function(x, dw, db, *args, **kwargs))
-        moved = function(dx, w, db, *args, **kwargs)
         if dw is not None:
-            moved = moved.add_(function(x, dw, None, *args, **kwargs))
-        return forward_ad.make_dual(out, moved)
+            moved = function(x, dw, db, *args, **kwargs)
+            return forward_ad.make_dual(out, moved if dx is None else moved.add_(pushed(dx, w, *args, **kwargs)))
+        moved = pushed(dx, w, *args, **kwargs)  # type: ignore[arg-type]
+        return forward_ad.make_dual(out, moved if db is None else moved + db.view(-1, *[1] * (w.dim() - 2)))
 
     return rule
 
@@ -109,6 +138,24 @@ def batch_norm(
     if turn is not None:
         moved = moved.addcmul_(x, turn.view(shape))
     return forward_ad.make_dual(out, moved)
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor | None:
+    """The value max(x, 0) and the tangent x' where x > 0."""
+    x, dx = split(input)
+    if inplace or x is None or dx is None:
+        return None
+    out = torch.relu(x)
+    return forward_ad.make_dual(out, torch.ops.aten.threshold_backward(dx, out, 0))
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor | None:
+    """The value and x' times the derivative at x."""
+    x, dx = split(input)
+    if x is None or dx is None:
+        return None
+    moved = torch.ops.aten.gelu_backward(dx, x, approximate=approximate)
+    return forward_ad.make_dual(F.gelu(x, approximate=approximate), moved)
 
 
 class _Standardised(torch.autograd.Function):
@@ -173,7 +220,7 @@ def attention(
 ) -> Tensor | None:
     """The value P v, P = softmax(q k^T), and the tangent T v + P v' - rowsum(T) P v, T = P * (q' k^T + q k'^T).
 
-    Two tables of the size of P are made besides it, and no mask is looked for.
+    No mask is looked for, and no table of the size of P is kept where values have no graph (see `Heads`).
     """
     (q, dq), (k, dk), (v, dv) = split(query), split(key), split(value)
     if dropout_p or is_causal or attn_mask is not None or enable_gqa or q is None or k is None or v is None:
@@ -182,11 +229,12 @@ def attention(
         return None
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     q, dq, k, dk, v, dv = (t.reshape(-1, *t.shape[-2:]) for t in (q * factor, dq * factor, k, dk, v, dv))
-    shares = (q @ k.transpose(1, 2)).softmax(-1)
-    out = shares @ v
-    moved = (dq @ k.transpose(1, 2)).baddbmm_(q, dk.transpose(1, 2))
-    moved = moved * shares if shares.requires_grad else moved.mul_(shares)
-    change = (shares @ dv).baddbmm_(moved, v).addcmul_(moved.sum(-1, keepdim=True), out, value=-1)
+    if any(t.requires_grad for t in (q, k, v)):
+        shares = (q @ k.mT).softmax(-1)
+        out, moved = shares @ v, (dq @ k.mT).baddbmm(q, dk.mT) * shares
+        change = (shares @ dv).baddbmm(moved, v).addcmul(moved.sum(-1, keepdim=True), out, value=-1)
+    else:
+        change, out = Heads.apply(dq, dk, dv, q, k, v)  # type: ignore[misc]
     shape = (*query.shape[:-1], v.shape[-1])
     return forward_ad.make_dual(out.view(shape), change.view(shape))
 
@@ -236,6 +284,10 @@ RULES: dict[Any, Callable[..., Any]] = {
     torch.conv1d: convolution(torch.conv1d),
     torch.conv2d: convolution(torch.conv2d),
     F.batch_norm: batch_norm,
+    F.relu: relu,
+    torch.relu: relu,
+    Tensor.relu: relu,
+    F.gelu: gelu,
     F.layer_norm: layer_norm,
     F.scaled_dot_product_attention: attention,
     F.multi_head_attention_forward: multi_head,

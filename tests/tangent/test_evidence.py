@@ -40,8 +40,8 @@ def shard(name: str) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def measured(names: tuple[str, ...], name: str) -> Evidence:
-    return Evidence.of(network(), [component(n) for n in names], shard(name), name, kappa=KAPPA, batch_size=4)
+def measured(names: tuple[str, ...], name: str, by: str = "component") -> Evidence:
+    return Evidence.of(network(), [component(n) for n in names], shard(name), name, by=by, kappa=KAPPA, batch_size=4)
 
 
 def test_the_numbers_are_those_of_the_dense_jacobian() -> None:
@@ -79,17 +79,51 @@ def test_learned_weights_are_the_dense_solution(ridge: float, shards: list[str])
         for n in "abc"
     ])  # fmt: skip
     lack = (KAPPA * nn.functional.one_hot(y, changes.shape[1] // len(x)) - network()(x).detach()).flatten()
-    pull = ridge * float(changes.square().sum()) / 3
-    rows = torch.cat([changes.T, pull**0.5 * torch.eye(3)])
-    best = torch.linalg.lstsq(rows, torch.cat([lack, torch.full((3,), pull**0.5 / 3)])).solution
+    pull = ridge**0.5 * changes.norm(dim=1)
+    best = torch.linalg.lstsq(torch.cat([changes.T, pull.diag()]), torch.cat([lack, pull / 3])).solution
     assert torch.allclose(found, best, rtol=1e-6, atol=1e-9)
     far = learned_weights("abc", evidence, ridge=1e9)
-    assert all(abs(w - 1 / 3) < 1e-6 for w in far.values())
+    assert far == pytest.approx(dict.fromkeys("abc", 1 / 3), abs=1e-6)
+
+
+@given(ridge=st.floats(1e-6, 10), unit=st.floats(0.1, 10))
+def test_weights_of_tensors_are_the_dense_solution(ridge: float, unit: float) -> None:
+    """Of two components, one of them in other units and without some of the tensors."""
+    net, (x, y) = network(), shard("s")
+    few = component("b", "2.*")
+    parts = [component("a"), Component("b", {n: unit * t for n, t in few.tangents.items()}, few.base)]
+    found = learned_weights("ab", [Evidence.of(net, parts, (x, y), "s", by="tensor", kappa=KAPPA)], ridge=ridge)
+    jacobian, whole, changes = oracles.root(net, x), TangentModel(net), []
+    keys = [(part, name) for part in parts for name in sorted(part.tangents)]
+    for part, name in keys:
+        changes.append(jacobian @ whole.space.ravel(whole.assign_({name: part.tangents[name]}).tangents()).detach())
+    rows = torch.stack(changes)
+    lack = (KAPPA * nn.functional.one_hot(y, rows.shape[1] // len(x)) - net(x).detach()).flatten()
+    pull = ridge**0.5 * rows.norm(dim=1)
+    best = torch.linalg.lstsq(torch.cat([rows.T, pull.diag()]), torch.cat([lack, pull / 2])).solution
+    assert torch.allclose(torch.tensor([found[p.name][n] for p, n in keys]), best, rtol=1e-6, atol=1e-9)  # type: ignore[index]
+    loss = rescaled_square_loss(compose(net, parts, found)(x), y, KAPPA).item()
+    assert abs(Evidence.of(net, parts, (x, y), "s", by="tensor", kappa=KAPPA).loss(best) - loss) < 1e-6 * loss
+    ensemble = Ensemble(net, parts, found)
+    assert torch.allclose(ensemble(x), compose(net, parts, found)(x), rtol=1e-9, atol=1e-9)
+
+
+def test_what_does_not_change_the_outputs_has_the_weight_of_the_mean() -> None:
+    net, (x, y) = network(), shard("s")
+    parts = [Component(n, {k: 0 * t for k, t in component(n).tangents.items()}, component(n).base) for n in "ab"]
+    for by in ("component", "tensor"):
+        found = learned_weights("ab", [Evidence.of(net, parts, (x, y), "s", by=by)])
+        numbers = [w for one in found.values() for w in (one.values() if isinstance(one, dict) else [one])]
+        assert numbers == [0.5] * len(numbers)
 
 
 @settings(max_examples=6)
-@given(moves=st.lists(st.sampled_from(NAMES), max_size=12), order=st.permutations(NAMES))
-def test_learned_weights_have_no_history(moves: list[str], order: list[str]) -> None:
+@given(
+    moves=st.lists(st.sampled_from(NAMES), max_size=12),
+    order=st.permutations(NAMES),
+    by=st.sampled_from(["component", "tensor"]),
+)
+def test_learned_weights_have_no_history(moves: list[str], order: list[str], by: str) -> None:
     """Shards come and go with their components, and all that are there measure whenever one came."""
     net, (x, _) = network(), shard("x")
     pool, there = Pool(net), []
@@ -101,11 +135,11 @@ def test_learned_weights_have_no_history(moves: list[str], order: list[str]) -> 
             pool.add(component(name))
             there.append(name)
             for other in there:
-                pool.hear(measured(tuple(sorted(there)), other))
+                pool.hear(measured(tuple(sorted(there)), other, by))
     never = Pool(net, [component(name) for name in order if name in there])
     for name in order:
         if name in there:
-            never.measure(shard(name), name, kappa=KAPPA, batch_size=4)
+            never.measure(shard(name), name, by=by, kappa=KAPPA, batch_size=4)
     assert {s: e.digest() for s, e in pool.evidence.items()} == {s: e.digest() for s, e in never.evidence.items()}
     assert [e.name for e in pool.record if e.action in ("add", "forget")] == moves
     if not there:
@@ -116,10 +150,11 @@ def test_learned_weights_have_no_history(moves: list[str], order: list[str]) -> 
     assert torch.equal(pool.model(one)(x), never.model(two)(x))
 
 
-def test_rows_that_stay_have_the_bits_of_a_smaller_measurement() -> None:
-    small = measured(("b", "d"), "a")
-    large = measured(tuple(NAMES), "a").restricted(["d", "b"])
-    assert small.digest() == large.digest() and small.digests == large.digests
+@pytest.mark.parametrize("by", ["component", "tensor"])
+def test_rows_that_stay_have_the_bits_of_a_smaller_measurement(by: str) -> None:
+    small = measured(("b", "d"), "a", by)
+    large = measured(tuple(NAMES), "a", by).restricted(["d", "b"])
+    assert small.digest() == large.digest() and (small.digests, small.rows) == (large.digests, large.rows)
 
 
 @given(weights=st.lists(st.floats(-2, 2), min_size=3, max_size=3))
@@ -145,11 +180,20 @@ def test_an_ensemble_keeps_the_structure_of_outputs() -> None:
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_a_file_holds_all_of_the_evidence(tmp_path: Path) -> None:
-    found = measured(("a", "b"), "a")
+def test_evidence_by_tensor_says_what_components_do() -> None:
+    found, expected = measured(("a", "b"), "c", "tensor").by_component(), measured(("a", "b"), "c")
+    assert (found.rows, found.by, found.digests) == (expected.rows, "component", expected.digests)
+    assert torch.allclose(found.gram, expected.gram, rtol=1e-10)
+    assert torch.allclose(found.cross, expected.cross, rtol=1e-10)
+
+
+@pytest.mark.parametrize("by", ["component", "tensor"])
+def test_a_file_holds_all_of_the_evidence(tmp_path: Path, by: str) -> None:
+    found = measured(("a", "b"), "a", by)
     found.save(tmp_path / "a.safetensors")
     again = Evidence.load(tmp_path / "a.safetensors")
     assert again.digest() == found.digest() and again.digests == found.digests
+    assert again.rows == found.rows and again.by == by
     assert (again.shard, again.base, again.names) == (found.shard, found.base, ["a", "b"])
     assert learned_weights("ab", [again]) == learned_weights("ab", [found])
     save_record(tmp_path / "other.safetensors", {}, {})
@@ -176,11 +220,19 @@ def test_what_does_not_fit_is_named() -> None:
     for evidence, words in (
         ([measured(("a",), "a"), measured(("a",), "a")], "two pieces come from shard 'a'"),
         ([measured(("a",), "a"), wrong], "measured different components"),
+        ([measured(("a",), "a"), measured(("a",), "b", "tensor")], "with the same by="),
     ):
         with pytest.raises(ValueError, match=words):
             learned_weights("a", evidence)
     with pytest.raises(ValueError, match="expected a positive"):
         learned_weights("a", [measured(("a",), "a")], ridge=0.0)
+    with pytest.raises(ValueError, match="'component' or 'tensor'"):
+        measured(("a",), "a", "layer")
+    for weights in ({"a": {"0.weight": 1.0}}, {"a": dict.fromkeys([*a.tangents, "z"], 1.0)}):
+        with pytest.raises(ValueError, match="for each of its tensors"):
+            compose(net, [a], weights)
+    with pytest.raises(ValueError, match="expected finite"):
+        compose(net, [a], {"a": dict.fromkeys(a.tangents, float("nan"))})
     with pytest.raises(ValueError, match="give each its own"):
         Evidence.of(net, [a, a], shard("a"), "a")
     with pytest.raises(ValueError, match="at least one to measure"):

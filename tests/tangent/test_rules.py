@@ -55,6 +55,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear on one vector and on sequences": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)), (2, 3, 4)),
     "convolutions": (lambda: images(nn.ReLU(), nn.Conv2d(4, 2, 3, 2, 1, groups=2, bias=False)), (2, 3, 7, 7)),
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3, padding="same"), nn.Conv1d(4, 2, 3)), (2, 3, 6)),
+    "activations": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.GELU(), nn.Linear(5, 5), nn.GELU("tanh")),
+        (3, 4),
+    ),
+    "convolutions of all options": (
+        lambda: images(nn.Conv2d(4, 4, 3, (1, 2), (2, 1), 2), nn.ReLU(), nn.Conv2d(4, 6, (3, 1), padding="same")),
+        (2, 3, 7, 8),
+    ),
     "batch norm": (lambda: images(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4, affine=False)), (2, 3, 4, 4)),
     "layer norm": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.LayerNorm(6, bias=False)), (2, 3, 4)),
     "layer norm without weights": (
@@ -133,6 +141,8 @@ def test_gradients_of_inputs_and_of_gradients(name: str) -> None:
         ("convolutions", torch.conv2d),
         ("conv1d", torch.conv1d),
         ("batch norm", F.batch_norm),
+        ("convolutions", F.relu),
+        ("activations", F.gelu),
         ("layer norm", F.layer_norm),
         ("attention", F.scaled_dot_product_attention),
         ("heads", F.multi_head_attention_forward),
