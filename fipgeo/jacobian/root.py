@@ -152,7 +152,7 @@ class JacobianRoot(LinearOperator):
         if single:
             self._single = found
         else:
-            self._gram = found
+            self._gram, self._single = found, None
         return found
 
     def restricted(self, params: Where) -> LinearOperator:

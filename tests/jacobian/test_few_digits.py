@@ -73,7 +73,8 @@ def test_products_in_single_precision_give_seven_digits_and_no_more(engine: str,
     assert oracles.relative(coarse, rows @ rows.T) < 1e-5
     assert roots[0].gram(single=True) is coarse  # made once
     assert oracles.relative(roots[0].gram(), fine) < 1e-12  # and never passed off as K of all digits
-    assert oracles.relative(roots[0].gram(single=True), fine) < 1e-12  # which serves where fewer would have done
+    assert roots[0].gram(single=True) is roots[0].gram()  # which serves where fewer would have done, alone in memory
+    assert roots[0]._single is None
 
 
 def test_factors_of_single_parameters_do_the_same_in_little_memory() -> None:
