@@ -86,6 +86,12 @@ def test_learned_weights_are_the_dense_solution(ridge: float, shards: list[str])
     assert far == pytest.approx(dict.fromkeys("abc", 1 / 3), abs=1e-6)
 
 
+@pytest.mark.parametrize(("by", "ridge"), [("component", 1.0), ("tensor", 0.01)])
+def test_the_pull_depends_on_what_has_a_weight(by: str, ridge: float) -> None:
+    evidence = [measured(("a", "b"), "a", by)]
+    assert learned_weights("ab", evidence) == learned_weights("ab", evidence, ridge=ridge)
+
+
 @given(ridge=st.floats(1e-6, 10), unit=st.floats(0.1, 10))
 def test_weights_of_tensors_are_the_dense_solution(ridge: float, unit: float) -> None:
     """Of two components, one of them in other units and without some of the tensors."""
