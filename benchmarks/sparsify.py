@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
             break
         if args.plan:
             print(cell.case, cell.method, f"seed {cell.seed}", sep="  ")
-        elif args.tune or args.again or not on_record(cell, args.folder):
+        elif args.tune or args.again or not on_record(named(cell, args), args.folder):
             try:
                 (tune if args.tune else measure)(cell, args)
             except Exception as error:  # the other cells do not depend on it
@@ -95,7 +95,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--inputs", type=int, nargs="+", default=[1000], help="unlabelled training inputs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--limit", type=float, default=float("inf"), help="no cell begins after so many seconds")
-    parser.add_argument("--budget", type=float, help="seconds of a baseline, instead of those of fipgeo's record")
+    parser.add_argument(
+        "--budget", type=float, help="seconds of a baseline, in place of those fipgeo took; named in the record"
+    )
     parser.add_argument("--again", action="store_true", help="measure what is on record too")
     parser.add_argument("--plan", action="store_true", help="print the cells and stop")
     parser.add_argument("--tune", action="store_true", help="measure the learning rates of the baselines")
@@ -127,6 +129,12 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(args, key) for key in ("score", "corrector", "final_steps") if getattr(args, key)}
 
 
+def named(cell: Cell, args: argparse.Namespace) -> Cell:
+    """The cell under its name on record, which says what time a baseline was given if it is not that of fipgeo."""
+    given = args.budget is not None and cell.method in BASELINES and cell.method not in FIXED
+    return cell._replace(method=f"{cell.method}, {args.budget:g} s") if given else cell
+
+
 def on_record(cell: Cell, folder: Path) -> bool:
     """Whether the cell was measured; records of an older form, which do not say what was spent, do not count."""
     found = {(r["case"], r["method"], r["seed"]) for r in read("sparsify", folder) if "forwards" in r}
@@ -155,7 +163,7 @@ def measure(cell: Cell, args: argparse.Namespace) -> None:
         task = Task(model, inputs, cell.level, cell.seed, Pace(budget(cell, args)), rate)
         found = timed(BASELINES[cell.method], task)
         found.more.update({} if cell.method in FIXED else {"rate": rate, "budget_s": task.pace.budget_s})
-        note(cell.level, cell.method, found)
+        note(cell.level, named(cell, args).method, found)
 
 
 def ours(model: nn.Module, inputs: Tensor, level: float, seed: int, options: dict[str, Any]) -> Found:

@@ -244,6 +244,7 @@ def test_the_grid_measures_what_is_missing_and_nothing_twice(grid: list[str], tm
     sparsify.main([*grid, *few])
     found = records.read("sparsify", tmp_path)
     assert len(found) == 7 and {r["figure"] for r in found} == {"test_accuracy"}
+    assert {r["method"] for r in found} == {"dense", "fipgeo", "magnitude", "magnitude + KD (Adam), 0.05 s"}
     for r in found:
         level = curves.parsed(r["case"])[1]
         assert r["zeros"] == pytest.approx(level, abs=1e-3) and r["seconds"] >= 0 and 0 <= r["value"] <= 100
