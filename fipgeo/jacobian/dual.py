@@ -19,8 +19,8 @@ ROUNDING = 10 * torch.finfo(torch.float32).eps
 class Dual:
     """K = R R^T `[N * M, N * M]`, of seven digits for as long as these are enough.
 
-    Seven digits and a factorisation of that precision take half of the time. Solutions are refined and judged by true
-    products, so what they cannot tell K shows there; then K in float64 takes their place for good.
+    Seven digits and a factorisation of that precision take less time. Solutions are refined and judged by true
+    products, which show where so few digits are not enough; then K in float64 takes their place for good.
 
     Args:
         root: R, with N * M up to some thousands.

@@ -138,7 +138,7 @@ class JacobianRoot(LinearOperator):
         """K = R R^T in float64, `[N * M, N * M]`; made once, from what is held or group by group within `max_bytes`.
 
         Args:
-            single: Whether products in the precision of R do, summed up in float64: half of the time, seven digits.
+            single: Whether products in the precision of R do, summed up in float64: less time, seven digits.
         """
         if self._gram is not None or (single and self._single is not None):
             return self._single if self._gram is None else self._gram  # type: ignore[return-value]

@@ -76,7 +76,7 @@ class FactoredRoot(LinearOperator):
         """K = R R^T in float64, `[N * M, N * M]`, one parameter after the other.
 
         Args:
-            single: Whether products are taken in the precision in which R is held, in half of the time.
+            single: Whether products are taken in the precision in which R is held, in less time.
         """
         return gram_of_segments(self.segments, single=single)
 
