@@ -56,7 +56,7 @@ GRIDS = {SGD: (0.01, 0.03, 0.1), ADAM: (3e-4, 1e-3, 3e-3), GRADUAL: (3e-4, 1e-3,
 """The learning rates that are tried."""
 
 FAMILY = {GRADUAL_TAPS: GRADUAL, OBC_KD: ADAM}
-RATES = {SGD: 0.03, ADAM: 1e-3, GRADUAL: 1e-3, REPLAY: 0.1}
+RATES = {SGD: 0.03, ADAM: 1e-3, GRADUAL: 4e-3, REPLAY: 0.1}
 PULL = 0.1
 """Weight of the pull towards the sparse plane in the published method, on a distance averaged over the minibatch."""
 

@@ -8,6 +8,7 @@
     cost       a composed model's forward and training step over the plain network's, in CPU time, turn by turn
     memory     peak memory of a training step over the plain network's, each in a process of its own
     shards     the last block of a pretrained network and a new head learn examples in n parts
+    exact      outputs beside f + J tau with J made row by row, in float64
     fit        passes over the data that the convex fit and Adam take to one value of the loss
 
 `shards` compares components (`fit_square_`, then their mean or learned weights) with networks fine-tuned by AdamW on
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fipgeo
+from benchmarks.exactness import LINEARISED, difference
 from benchmarks.measure import Unavailable, race, reason
 from benchmarks.pretrained import _network
 from benchmarks.records import RESULTS, read, write
@@ -99,6 +101,8 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
         if part in ("cost", "memory"):
             for name, which in product(args.networks, ("all", "last block")):
                 yield Cell(part, f"{name}/{which}", 0)
+        elif part == "exact":
+            yield from (Cell(part, name, 0) for name in LINEARISED)
         elif part == "fit":
             yield from (Cell(part, f"{setting}/300 images", 0) for setting in args.settings if setting in IMAGES)
         else:
@@ -221,6 +225,13 @@ def size(key: str) -> int:
     return int(lines[key].split()[0])
 
 
+def exact(cell: Cell, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The largest difference from the dense linearisation, over the largest J tau."""
+    del args
+    found = {"method": "tangent model", "figure": "difference", "unit": "of J tau"}
+    return [found | {"value": difference(cell.case)}]
+
+
 def fit(cell: Cell, args: argparse.Namespace) -> list[dict[str, Any]]:
     """What Adam reaches in 50 epochs at its best rate, and the passes and seconds in which the fit is below it.
 
@@ -281,6 +292,7 @@ PARTS: dict[str, Callable[[Cell, argparse.Namespace], list[dict[str, Any]]]] = {
     "cost": cost,
     "memory": memory,
     "shards": lambda cell, args: shards(cell.case, cell.seed, args.held_out, not args.components),
+    "exact": exact,
     "fit": fit,
 }
 

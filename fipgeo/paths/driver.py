@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fipgeo.data import Batches, Generator, as_batches
 from fipgeo.field import MetricField
+from fipgeo.jacobian import EmbeddedOutputs
 from fipgeo.model import NotFiniteError
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.control import StepControl
@@ -104,6 +105,7 @@ def walk(
     The inputs are divided into three parts without common examples. Steps are taken on the protected ones; a twentieth
     of them (see `Inputs.of`) is set apart as control inputs, on whose drift a step is accepted or refused and the next
     one sized; the held-out ones measure the points and decide nothing, so that certificates are not biased by choices.
+    Where no budget depends on them, control inputs are protected too in the corrections at the objective's landmarks.
 
     Weights that are `geoopt.ManifoldParameter`s stay on their manifolds (see `Constraints`).
 
@@ -163,6 +165,7 @@ def _prepared(
     walker = _Walker(
         objective, method, kept, Verdict(functions[1], start.theta, unit), Verdict(functions[2], start.theta), random
     )
+    walker.both = under(field.function, start, inputs.both)
     walker.generator_start, walker.legs, walker.settings = generator_start, opening.legs(objective), settings
     walker.counted = objective.counted(field.map)
     if path is not None:
@@ -193,6 +196,7 @@ class _Walker:
     control: Verdict
     verdict: Verdict
     generator: torch.Generator
+    both: EmbeddedOutputs = field(init=False)
     generator_start: Tensor = field(init=False)
     counted: Tensor = field(init=False)
     legs: tuple[Leg, ...] = field(init=False)
@@ -266,8 +270,7 @@ class _Walker:
         )
         begun, bent = self.straightened(state.position, proposal)
         final = self.objective.landmark(proposal.state)
-        won = self.objective.beside(self.kept) if final and not self.method.corrector.idle else ()
-        kept = Joined.here(self.kept, won, begun) if won else self.kept
+        kept = self.held(begun) if final and not self.method.corrector.idle else self.kept
         corrected = self.method.corrector.correct(
             kept,
             begun,
@@ -277,15 +280,30 @@ class _Walker:
             moves=proposal.moves if kept is self.kept else None,
             final=final,
         )
-        new_outputs = kept.num_examples - self.kept.num_examples  # taken once, before the correction
+        known = kept.num_examples if kept is self.kept else self.kept.num_examples * isinstance(kept, Joined)
         new = replace(
             state,
             position=self.kept.moved(corrected.position, corrected.position.theta),
             objective=proposal.state,
             corrector=corrected.state,
-            cost=state.cost + proposal.cost + bent + corrected.cost + self.control.num_examples + new_outputs,
+            cost=state.cost
+            + proposal.cost
+            + bent
+            + corrected.cost
+            + self.control.num_examples
+            + kept.num_examples
+            - known,
         )
         return new, None if proposal.predicted is None else proposal.predicted / self.control.spread
+
+    def held(self, begun: Position) -> Kept:
+        """What a last correction holds: control inputs too unless a budget depends on them, or what has been won."""
+        won = self.objective.beside(self.kept)
+        if won:
+            return Joined.here(self.kept, won, begun)
+        if self.method.budget is not None or self.control.num_examples >= self.kept.num_examples:
+            return self.kept
+        return Kept.of(self.both, self.kept.start)
 
     def straightened(self, before: Position, proposal: Proposal) -> tuple[Position, float]:
         """Where a correction begins, without what outputs change beyond first order; and evaluations for that."""

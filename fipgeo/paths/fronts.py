@@ -38,6 +38,9 @@ where these are so few that it sees them all at every step."""
 ROUGH = StepControl(initial=0.2, smallest=0.1, largest=0.25, tolerance=0.1)
 """Step sizes where corrections are cut short and the last one does most of the work."""
 
+GRADUAL = StepControl(initial=0.1, smallest=0.07, largest=0.12, tolerance=0.1)
+"""Step sizes for minibatches, which lose less to many small changes than to a few large ones."""
+
 
 def sparsify(
     model: nn.Module,
@@ -89,7 +92,8 @@ def sparsify(
             without BatchNorm or recurrent layers where protected outputs are few (2,048) or at least twice the weights
             that will be left; first-order otherwise.
         score: What decides which weights become zero: "metric", "lamp", "local", "obs", "magnitude", a `Score`, or
-            "auto": the metric with Gauss-Newton, lamp with any other corrector (see the docs, Paths).
+            "auto": the metric with Gauss-Newton; magnitude for single weights of a network with BatchNorm that
+            minibatches correct; lamp otherwise (see the docs, Paths).
         max_steps: Accepted steps at most.
         store: "all" or "last": which points keep their weights.
         batch_size: Examples in a batch when data are tensors (default 256).
@@ -123,11 +127,13 @@ def sparsify(
     field = MetricField(model, data, geometry, params, forward_fn=forward_fn, output_fn=output_fn, mask=mask)
     check_openness(field)
     chosen = _corrector(corrector, field, wanted)
-    exact = isinstance(chosen, GaussNewton)
-    score = ("metric" if exact else "lamp") if score == "auto" else score
+    exact, gradual = isinstance(chosen, GaussNewton), isinstance(chosen, FirstOrder)
+    if score == "auto":
+        plain = gradual and bool(field.map.normalisers) and pattern == UNSTRUCTURED
+        score = "metric" if exact else "magnitude" if plain else "lamp"
     objective = Sparsity(sparsity, exclude, score, pattern, allocation)
     method = Method(
-        control=EXACT if exact else ROUGH,
+        control=EXACT if exact else GRADUAL if gradual else ROUGH,
         corrector=chosen,
         damping=1e-2 if exact else None,
         budget=budget,

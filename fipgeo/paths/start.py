@@ -34,11 +34,13 @@ class Inputs:
         protected: What steps are taken on.
         control: What steps are accepted or refused by, and sized by.
         verdict: What points are measured on, and nothing else.
+        both: What is protected and what controls, together.
     """
 
     protected: Batches
     control: Batches
     verdict: Batches
+    both: Batches
 
     @classmethod
     def of(cls, batches: Batches, held_out: Batches | float, generator: torch.Generator) -> Inputs:
@@ -59,9 +61,9 @@ class Inputs:
         else:
             single = sum(1 for _ in batches) == 1
         if single:
-            return cls(batches, batches, verdict)
+            return cls(batches, batches, verdict, batches)
         protected, control = batches.split(share, generator)
-        return cls(protected, control, verdict)
+        return cls(protected, control, verdict, batches)
 
 
 @dataclass(frozen=True, eq=False)

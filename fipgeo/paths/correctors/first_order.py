@@ -23,34 +23,34 @@ class FirstOrder(Corrector):
     where the taps h are hidden outputs: they give many more constraints an input when inputs are few (see `Taps`).
     Moments are kept from one correction to the next; the learning rate is constant, and decays along a cosine in the
     last correction. Where the model has BatchNorm, minibatches are normalised by themselves while weights move, and the
-    running statistics are re-estimated at the end; in the last correction after half of the steps, where that brings
-    the outputs nearer, to stay from there.
+    running statistics are re-estimated at the end.
 
     Attributes:
         steps: Minibatches in one correction.
         final_steps: The same in the last one.
         batch_size: Protected inputs in a minibatch.
-        lr: Learning rate; None for 2e-3 with Adam and 0.05 with the others.
+        lr: Learning rate; None for 0.05, and with Adam for 4e-3 where the model has BatchNorm, which makes the size of
+            the weights before it immaterial, and 2e-3 elsewhere.
         taps: Hidden outputs that are protected too: names of modules, "blocks", "layers" or None.
         tap_weight: Weight of the taps beside the outputs.
         optimizer: "adam" (Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015), "sgd" (heavy ball, 0.9), or
             "natural": "sgd" on gradients that were multiplied by the inverse of the metric's block diagonal, made anew
             at the start of every correction (see `LayerPreconditioner`).
-        batch_statistics: Whether BatchNorm normalises minibatches by themselves: True, False (statistics are
-            re-estimated only where that brings the outputs nearer), or None as above.
+        batch_statistics: Whether BatchNorm normalises minibatches by themselves; if not, its statistics are those of
+            the position, re-estimated where that brings the outputs nearer.
 
     Raises:
         ValueError: The optimizer is none of these. When correcting: a tap names no module of the model.
     """
 
-    steps: int = 80
+    steps: int = 40
     final_steps: int = 250
     batch_size: int = 64
     lr: float | None = None
     taps: Taps = "blocks"
     tap_weight: float = 2.0
     optimizer: str = "adam"
-    batch_statistics: bool | None = None
+    batch_statistics: bool = True
 
     def __post_init__(self) -> None:
         """Check the optimizer."""
@@ -71,11 +71,11 @@ class FirstOrder(Corrector):
         """Walk; `moves` is not used (see `Corrector.correct`)."""
         del moves
         target = kept.tapped(self.taps, self.tap_weight)
-        live, cost = bool(kept.function.map.normalisers) and self.batch_statistics is not False, 0.0
+        live, cost = bool(kept.function.map.normalisers) and self.batch_statistics, 0.0
         if not live:
             position = kept.better_normalised(position)
         steps = self.final_steps if final else self.steps
-        rate = RATES[self.optimizer] if self.lr is None else self.lr
+        rate = self._rate(bool(kept.function.map.normalisers))
         theta = position.theta.clone()
         optimizer = self._optimizer(theta, rate)
         if state:
@@ -86,9 +86,6 @@ class FirstOrder(Corrector):
             inverse = LayerPreconditioner(_some(target, LOOKED_AT, generator), position, free, generator)
             cost += inverse.cost
         for t in range(steps):
-            if final and live and self.batch_statistics is None and 2 * t >= steps:
-                position, live = kept.better_normalised(replace(position, theta=theta.clone())), False
-                cost += 3 * kept.num_examples
             part = target.draw(self.batch_size, generator)
             theta.grad = gradient(target, replace(position, theta=theta), part, batch_statistics=live) * free
             theta.grad = theta.grad if inverse is None else inverse(theta.grad) / 2
@@ -102,6 +99,11 @@ class FirstOrder(Corrector):
             cost += (1 if live and not final else 3) * kept.num_examples
         return Correction(position, dict(optimizer.state[theta]), cost)
 
+    def _rate(self, normalised: bool) -> float:
+        if self.lr is not None:
+            return self.lr
+        return NORMALISED if normalised and self.optimizer == "adam" else RATES[self.optimizer]
+
     def _optimizer(self, theta: Tensor, rate: float) -> torch.optim.Optimizer:
         if self.optimizer != "adam":
             return torch.optim.SGD([theta], lr=rate, momentum=0.9)
@@ -110,6 +112,9 @@ class FirstOrder(Corrector):
 
 RATES = {"adam": 2e-3, "sgd": 0.05, "natural": 0.05}
 """Optimizers, with their learning rates."""
+
+NORMALISED = 4e-3
+"""Adam's learning rate for models with BatchNorm."""
 
 MOVING = ("exp_avg", "momentum_buffer")
 """What of an optimizer's state would move weights that have just been frozen."""
