@@ -3,7 +3,9 @@
 A rate is chosen for each network and each of `GRIDS` by how often the sparse network at 90 % agrees with the dense one
 on training images 5,000 to 9,999, which no method is given when it has 1,000 inputs; no label is looked at. `python -m
 benchmarks.sparsify --tune` measures that and writes benchmarks/results/rates.json; where nothing was measured, `RATES`
-holds. Methods of a family share their rate.
+holds. Methods of a family share their rate. The rate of gradual magnitude in `RATES` was the best of three by
+that measure, with taps: of 1e-3, 4e-3 and 8e-3 on ResNet-8 (83.9, 86.2, 85.8 %), of 1e-3, 2e-3 and 4e-3 on the LeNet
+for MNIST (98.6, 98.8, 99.0 %).
 
 Distillation is KL at temperature 4 in minibatches of 64; on ResNet-20 at 80 % and 20 CPU seconds it agreed with the
 dense network on 88.2 % of 2,000 such images, squared differences of logits on 87.7 %. With taps it is the latter, so

@@ -108,7 +108,7 @@ def main(out: Path = Path("out"), quick: bool = False) -> dict[str, float]:
     begun = time.perf_counter()
     x, y, x_test, y_test = digits()
     epochs, lessons, kept, few, dpi = (4, 3, 50, 20, 50) if quick else (15, 20, KEPT, 80, 150)
-    corrector = fipgeo.FirstOrder(steps=15, final_steps=100) if quick else "auto"
+    corrector = fipgeo.FirstOrder(steps=8, final_steps=100) if quick else "auto"
     table: dict[str, float] = {}
 
     model = trained(x, y, epochs)

@@ -59,6 +59,8 @@ class Method:
         max_steps: Accepted steps at most.
         store: "all" to keep the weights of every point, "last" to keep those of the start, of the objective's
             landmarks (the waypoints of a sparsity, say) and of the end only.
+        join_control: Protect the control inputs too in the correction that arrives, where nothing depends on them any
+            more: there is no budget, and no step follows.
     """
 
     control: StepControl
@@ -69,6 +71,7 @@ class Method:
     budget: float | None = None
     max_steps: int = 200
     store: str = "all"
+    join_control: bool = False
 
     def __post_init__(self) -> None:
         """Check the budget and what is stored."""
@@ -105,7 +108,6 @@ def walk(
     The inputs are divided into three parts without common examples. Steps are taken on the protected ones; a twentieth
     of them (see `Inputs.of`) is set apart as control inputs, on whose drift a step is accepted or refused and the next
     one sized; the held-out ones measure the points and decide nothing, so that certificates are not biased by choices.
-    Where no budget depends on them, control inputs are protected too in the corrections at the objective's landmarks.
 
     Weights that are `geoopt.ManifoldParameter`s stay on their manifolds (see `Constraints`).
 
@@ -270,7 +272,7 @@ class _Walker:
         )
         begun, bent = self.straightened(state.position, proposal)
         final = self.objective.landmark(proposal.state)
-        kept = self.held(begun) if final and not self.method.corrector.idle else self.kept
+        kept = self.held(begun, proposal.state) if final and not self.method.corrector.idle else self.kept
         corrected = self.method.corrector.correct(
             kept,
             begun,
@@ -280,30 +282,25 @@ class _Walker:
             moves=proposal.moves if kept is self.kept else None,
             final=final,
         )
-        known = kept.num_examples if kept is self.kept else self.kept.num_examples * isinstance(kept, Joined)
+        spent = proposal.cost + bent + corrected.cost + self.control.num_examples
+        if kept is not self.kept:  # references that were taken for this correction
+            spent += kept.num_examples - self.kept.num_examples * isinstance(kept, Joined)
         new = replace(
             state,
             position=self.kept.moved(corrected.position, corrected.position.theta),
             objective=proposal.state,
             corrector=corrected.state,
-            cost=state.cost
-            + proposal.cost
-            + bent
-            + corrected.cost
-            + self.control.num_examples
-            + kept.num_examples
-            - known,
+            cost=state.cost + spent,
         )
         return new, None if proposal.predicted is None else proposal.predicted / self.control.spread
 
-    def held(self, begun: Position) -> Kept:
-        """What a last correction holds: control inputs too unless a budget depends on them, or what has been won."""
+    def held(self, begun: Position, state: Mapping[str, Tensor]) -> Kept:
+        """What a correction at a landmark holds: beside the protected inputs what has been won, or control inputs."""
         won = self.objective.beside(self.kept)
         if won:
             return Joined.here(self.kept, won, begun)
-        if self.method.budget is not None or self.control.num_examples >= self.kept.num_examples:
-            return self.kept
-        return Kept.of(self.both, self.kept.start)
+        free = self.method.join_control and self.method.budget is None and self.objective.reached(state)
+        return Kept.of(self.both, self.kept.start) if free else self.kept
 
     def straightened(self, before: Position, proposal: Proposal) -> tuple[Position, float]:
         """Where a correction begins, without what outputs change beyond first order; and evaluations for that."""

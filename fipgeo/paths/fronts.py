@@ -139,6 +139,7 @@ def sparsify(
         budget=budget,
         max_steps=max_steps,
         store=store,
+        join_control=True,
     )
     return walk(
         field,

@@ -31,7 +31,8 @@ class PathPoint:
         seconds: Wall time so far.
         num_held_out: Inputs behind `changed`.
         control_drift: Drift on the control inputs, by which steps are accepted and a budget is kept; for being
-            chosen by it, a little lower than `drift`, whose inputs decide nothing.
+            chosen by it (and at the end perhaps protected, see `Method`), lower than `drift`, whose inputs decide
+            nothing.
         certificate: What the held-out inputs say about others like them.
         layers: Zeros and weights of every tensor that the objective counts, by name.
         tensors: The point's weights, and the buffers that the path moved, by name; None if not stored.

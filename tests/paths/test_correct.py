@@ -143,6 +143,16 @@ def test_the_last_correction_may_work_more() -> None:
     assert thrice.cost == 3 * once.cost
 
 
+@pytest.mark.parametrize(
+    ("norm", "optimizer", "rate"), [(False, "adam", 2e-3), (True, "adam", 4e-3), (True, "sgd", 0.05)]
+)
+def test_the_rate_depends_on_the_optimizer_and_on_normalisation(norm: bool, optimizer: str, rate: float) -> None:
+    kept, position, free = perturbed(2, 0.1, norm=norm)
+    correctors = [FirstOrder(steps=3, optimizer=optimizer, lr=lr) for lr in (None, rate)]
+    runs = [correct(corrector, kept, position, free) for corrector in correctors]
+    assert same_bits(runs[0].position.theta, runs[1].position.theta)
+
+
 def test_the_last_first_order_correction_takes_new_statistics_only_where_they_help() -> None:
     # outputs that are right already: the statistics at the start are not those of the inputs, so new ones are worse
     model, x = mlp(4, norm=True), inputs(5, 32)

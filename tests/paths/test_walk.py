@@ -18,6 +18,8 @@ import fipgeo
 from fipgeo import Categorical, FirstOrder, GaussNewton, PathResult, SaturationWarning, adapt, sparsify
 from fipgeo.jacobian import EmbeddedOutputs
 from fipgeo.paths import Correction, Corrector, Verdict
+from fipgeo.paths.objectives.patterns import Rows as EveryRow
+from fipgeo.paths.objectives.patterns import Unstructured
 from fipgeo.paths.start import Inputs
 
 from .toys import (
@@ -131,6 +133,33 @@ def test_inputs_of_steps_of_their_control_and_of_the_verdict_are_others(
     assert used | control | unused == {tuple(r.tolist()) for r in (x if share else torch.cat([x, other]))}
     assert len(unused) == path[0].num_held_out == (15 if share is None else round(share * 40))
     assert len(control) == (40 - len(unused) * (share is not None)) // 4
+
+
+class Counts(Corrector):
+    """Notes how many inputs every correction holds."""
+
+    def __init__(self, inner: Corrector) -> None:
+        self.inner, self.counts = inner, []
+
+    def correct(self, kept: Any, *args: Any, **options: Any) -> Correction:
+        self.counts.append(kept.num_examples)
+        return self.inner.correct(kept, *args, **options)
+
+
+@pytest.mark.parametrize("budget", [None, 100.0])
+@pytest.mark.parametrize("kind", ["tensor", "list"])
+def test_control_inputs_join_where_nothing_depends_on_them_any_more(kind: str, budget: float | None) -> None:
+    x, found = inputs(3, 80), {}
+    data = x if kind == "tensor" else list(x.split(5))
+    for join in (False, True):
+        spy = Counts(CORRECTORS["first-order"])
+        options = {"budget": budget, "join_control": join}
+        path = sparse_path(mlp(0), data, (0.3, 0.6), corrector=spy, held_out=0.25, options=options)
+        found[join] = spy.counts, path[-1].cost
+    (apart, less), (together, more) = found[False], found[True]
+    assert set(apart) == {apart[0]} and apart[0] < 60 and together[:-1] == apart[:-1]
+    assert together[-1] == (60 if budget is None else apart[0])
+    assert more - less == (60 if budget is None else 0)  # their references, taken once; minibatches are as many
 
 
 @pytest.mark.parametrize(("count", "control"), [(1, 1), (2, 1), (4, 1), (20, 5), (64, 16), (400, 20), (5000, 64)])
@@ -336,6 +365,22 @@ def test_auto_picks_a_corrector_by_what_is_left_and_normalisation(
     assert f"corrector={'FirstOrder' if norm else 'GaussNewton'}(" in chosen()  # so few outputs are seen all at once
     monkeypatch.setattr("fipgeo.paths.fronts.FEW_ROWS", 50)
     assert f"corrector={kind}(" in chosen()
+
+
+@pytest.mark.parametrize(
+    ("norm", "corrector", "pattern", "score"),
+    [
+        (False, "gauss-newton", Unstructured(), "metric"),
+        (False, "first-order", Unstructured(), "lamp"),
+        (True, "first-order", Unstructured(), "magnitude"),
+        (True, "first-order", EveryRow(), "lamp"),
+        (True, "layer-local", Unstructured(), "lamp"),
+    ],
+)
+def test_auto_picks_a_score(norm: bool, corrector: str, pattern: Any, score: str) -> None:
+    options: Any = {"corrector": corrector, "pattern": pattern, "callback": lambda _: True}
+    path = sparsify(mlp(0, norm=norm), inputs(3, 40), 0.1, **options)
+    assert f"score='{score}'" in path.settings["objective"]
 
 
 def test_model_and_output_functions_reach_the_whole_walk() -> None:
