@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("benchmarks.exactness", reason="the benchmarks are not beside the tests")
-
 from benchmarks import exactness
 
 
