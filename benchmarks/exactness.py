@@ -65,16 +65,14 @@ def difference(name: str) -> float:
     net, x = LINEARISED[name]()
     net = net.double().eval()
     x = x.double() if x.is_floating_point() else x
-    model = fipgeo.TangentModel(net)
-    generator = torch.Generator().manual_seed(1)
-    tau = {}
+    model, params = fipgeo.TangentModel(net), dict(net.named_parameters())
+    generator, tau = torch.Generator().manual_seed(1), {}
     for key, t in model.tangents().items():
         drawn = torch.randn(t.shape, generator=generator, dtype=torch.float64)
-        tau[key] = 1e-2 * float(dict(net.named_parameters())[key].detach().norm()) * drawn / drawn.norm()
+        tau[key] = 1e-2 * params[key].detach().norm() * drawn / drawn.norm()
     model.assign_(tau)
     with torch.no_grad():
         found = model(x)
-    params = dict(net.named_parameters())
     outputs = net(x)
     rows = [torch.autograd.grad(f, [params[key] for key in tau], retain_graph=True) for f in outputs.flatten()]
     products = [sum(float((g * t).sum()) for g, t in zip(row, tau.values(), strict=True)) for row in rows]
