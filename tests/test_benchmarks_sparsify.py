@@ -22,6 +22,7 @@ sys.path.append(str(ROOT))  # the benchmarks are no package that is installed
 from benchmarks import baselines, curves, layerwise, methods, records, sparsify  # noqa: E402
 from benchmarks.baselines import Distillation, Pace, Task, counted, goal, zeros  # noqa: E402
 from benchmarks.methods import BASELINES, FIXED  # noqa: E402
+from fipgeo.paths.kept import Kept, Position  # noqa: E402
 
 
 class Attentive(nn.Module):
@@ -320,3 +321,28 @@ def test_the_pages_show_what_the_file_holds_and_nothing_else(name: str, made: An
 def test_every_method_has_a_style_of_its_own() -> None:
     assert set(curves.STYLES) == {methods.OURS, *BASELINES}
     assert len(set(curves.STYLES.values())) == len(curves.STYLES)
+
+
+def test_a_first_order_correction_is_the_training_of_the_baselines() -> None:
+    """With the same zeros, inputs, minibatches and rate: so it is the paths that are compared, not two optimisers."""
+    given = task(pace=Pace(steps=25))
+    keep, start = baselines.masks(given.model, given.level), copy.deepcopy(given.model)
+    baselines.hold(start, keep)
+    trained = copy.deepcopy(start)
+    baselines.train(given, trained, "adam", Distillation(given, taps=True))
+
+    here = fipgeo.MetricField(start, given.inputs).map
+    position = Position(here.point(), here.normalisation())
+    free = torch.cat([keep.get(n, torch.ones_like(p, dtype=torch.bool)).flatten() for n, p in start.named_parameters()])
+    function = fipgeo.MetricField(given.model, given.inputs, "logits").function
+    kept = Kept.of(function, function.map.point())
+    wanted = fipgeo.MetricField(trained, given.inputs).map.point()
+
+    def off(**options: bool) -> float:
+        """How far the correction ends from the training, in units of what the training has moved."""
+        corrector = fipgeo.FirstOrder(final_steps=25, lr=given.rate, **options)
+        found = corrector.correct(kept, position, free, {}, given.generator, final=True).position.theta
+        return float((found - wanted).norm() / (wanted - position.theta).norm())
+
+    assert off() < 0.01  # rounding, which Adam makes larger
+    assert off(batch_statistics=False) > 0.1

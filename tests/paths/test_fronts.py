@@ -27,7 +27,7 @@ def test_sparsify_in_one_call(corrector: str) -> None:
     path = sparsify(model, inputs(3, 40), 0.1, corrector=corrector)
     assert path.outcome == "reached" and zeros(path[-1].tensors, weight_names(model)) == round(0.1 * 48)
     kinds = {"gauss-newton": GaussNewton, "first-order": FirstOrder}
-    assert kinds[corrector].__name__ in path.settings["method"]
+    assert kinds[corrector].__name__ in path.settings["method"] and "join_control=True" in path.settings["method"]
 
 
 @pytest.mark.parametrize(
