@@ -50,7 +50,7 @@ TUNING = 0.25
 METHODS: dict[str, Callable[..., Learner]] = {
     "fine-tuning": Learner,
     "FIP replay (published)": PublishedFIP,
-    "FIP replay (published), weight 10": partial(PublishedFIP, weight=10.0),
+    **{f"FIP replay (published), weight {w}": partial(PublishedFIP, weight=float(w)) for w in (10, 100, 1000)},
     "KD replay": Distilled,
     "KD replay, views": partial(Distilled, views=20),
     "DER++ (buffer labels)": DERpp,

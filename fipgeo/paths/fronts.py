@@ -167,6 +167,7 @@ def adapt(
     momentum: float = 0.9,
     damping: float = 0.1,
     refresh: int = 10,
+    feedback: float = 0.3,
     geometry: str | Geometry = "auto",
     params: Where = None,
     hold_zeros: bool = False,
@@ -202,6 +203,7 @@ def adapt(
         momentum: Heavy-ball coefficient.
         damping: mu as a multiple of the mean non-zero eigenvalue of the metric: smaller keeps more, learns less.
         refresh: Minibatches that share a metric, a step of the path: more cost less, and learn less where data are few.
+        feedback: How much of what old outputs have changed each minibatch takes back (see `NewTask`).
         geometry: How outputs are compared (see `MetricField`). "auto" is `Categorical` at the lowest temperature of 2,
             4, 8, ... at which it is not saturated if the new targets are classes, as it leaves more room to learn than
             logits do, and "logits" otherwise; with `after`, that of the path.
@@ -233,7 +235,7 @@ def adapt(
     new = _batches(new_batches, batch_size or 100, "new_batches")
     known = "logits" if geometry == "auto" else geometry
     field = MetricField(model, old, known, params, forward_fn=forward_fn, output_fn=output_fn, mask=mask)
-    about: dict[str, Any] = {"hold_zeros": hold_zeros, "num_batches": count_batches(new)}
+    about: dict[str, Any] = {"feedback": feedback, "hold_zeros": hold_zeros, "num_batches": count_batches(new)}
     objective = NewTask(new, loss_fn, epochs=epochs, lr=lr, momentum=momentum, refresh=refresh, **about)
     if geometry == "auto":
         field = tempered(field, new, after)

@@ -238,6 +238,21 @@ class Kept(Protected):
             part.reference
         )
 
+    def gradient(self, position: Position, part: Part, *, batch_statistics: bool = False) -> Tensor:
+        """Gradient `[D]` of the mean over a minibatch of |z - z_0|^2, divided by `scale`.
+
+        Args:
+            position: Where.
+            part: The minibatch, from `draw`.
+            batch_statistics: Let BatchNorm normalise by the minibatch.
+        """
+        function = self.at(position)
+        model = function.map
+        with model.frozen(batch_statistics=batch_statistics and bool(model.normalisers)), torch.enable_grad():
+            theta = position.theta.detach().requires_grad_()
+            outputs = model.call(model.named(theta), function.inputs(part.batch))
+            return torch.autograd.grad(self.gap(function, outputs, part) / self.scale, theta)[0]
+
     def draw(self, size: int, generator: torch.Generator) -> Part:
         """A random minibatch of protected inputs."""
         if isinstance(self.batches, TensorBatches):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -13,6 +14,8 @@ from fipgeo import GaussNewton, MetricField, NewTask, PathResult, StepControl, a
 from fipgeo.data import TensorBatches
 from fipgeo.outputs import Categorical, Logits
 from fipgeo.paths import Method
+from fipgeo.paths.compensate import Compensation
+from fipgeo.paths.kept import Kept, Position
 
 from .toys import draw, filled, inputs, loaded, mlp, same_tensors, stored, zeros
 
@@ -36,6 +39,14 @@ def learned(model: nn.Module, **options: Any) -> PathResult:
     return adapt(model, task(), cross_entropy, **(settings | options))
 
 
+def outputs_at(model: nn.Module, theta: Tensor, x: Tensor) -> Tensor:
+    """All outputs on x, flat, with other weights."""
+    tensors = dict(
+        zip(dict(model.named_parameters()), theta.split([p.numel() for p in model.parameters()]), strict=True)
+    )
+    return functional_call(model, {n: tensors[n].view_as(p) for n, p in model.named_parameters()}, (x,)).flatten()
+
+
 def loss_of(path: PathResult, model: nn.Module, index: int = -1) -> float:
     x, y = task()
     with torch.no_grad():
@@ -54,6 +65,28 @@ def test_it_learns_the_new_and_keeps_the_old() -> None:
     control = StepControl(initial=1.0, smallest=1.0, largest=1.0, tolerance=1e6)
     plain = walk(field, objective, Method(control=control, corrector=GaussNewton(steps=0), damping=None))
     assert path[-1].drift < 0.5 * plain[-1].drift
+
+
+@pytest.mark.parametrize("feedback", [0.0, 0.5, 1.0])
+def test_a_step_minimises_what_it_changes_and_what_has_changed(feedback: float) -> None:
+    """v = argmin |feedback r + R v|^2 / N + mu |v - d|^2, against a dense solve, where the outputs have moved by r."""
+    model, data = mlp(0), TensorBatches(task(), 12)
+    function = MetricField(model, old(), "euclidean").function
+    kept = Kept.of(function, function.map.point())
+    away = Position(kept.start + 0.1 * draw(5, len(kept.start)))
+    objective = NewTask(data, cross_entropy, momentum=0.0, clip=1e9, refresh=1, feedback=feedback, rehearse=60)
+    state = objective.begin(kept, away)
+    moves = Compensation(kept, away, state["free"], damping=0.1)
+    found = objective.propose(kept, away, state, 1.0, lambda *_: moves, torch.Generator()).position.theta - away.theta
+
+    rows, r = torch.autograd.functional.jacobian(lambda t: outputs_at(model, t, old()), away.theta), kept.residual(away)
+    x, y = next(iter(data.shuffled(1)))
+    d = -torch.autograd.functional.jacobian(
+        lambda t: cross_entropy(outputs_at(model, t, x).view(12, -1), y), away.theta
+    )
+    metric = rows.T @ rows / kept.num_examples + moves.mu * torch.eye(len(d))
+    wanted = torch.linalg.solve(metric, moves.mu * d - feedback * rows.T @ r / kept.num_examples)
+    torch.testing.assert_close(found / objective.lr, wanted, rtol=1e-5, atol=1e-6 * float(wanted.norm()))
 
 
 def test_the_value_of_a_point_is_the_mean_loss_over_its_step() -> None:
@@ -183,7 +216,16 @@ def test_a_loader_without_batches_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"lr": 0.0}, {"lr": -0.1}, {"epochs": 0}, {"epochs": -1.0}, {"damping": -1.0}, {"momentum": 1.0}]
+    "option",
+    [
+        {"lr": 0.0},
+        {"lr": -0.1},
+        {"epochs": 0},
+        {"epochs": -1.0},
+        {"damping": -1.0},
+        {"momentum": 1.0},
+        {"feedback": -0.1},
+    ],
 )
 def test_useless_numbers_are_named(option: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))}: got"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fipgeo.paths.compensate import Compensation
 from fipgeo.paths.correctors.base import Correction, Corrector, State
-from fipgeo.paths.kept import Kept, Part, Position, Recomputed
+from fipgeo.paths.kept import Kept, Position, Recomputed
 from fipgeo.paths.precondition import LayerPreconditioner
 from fipgeo.paths.taps import Taps
 
@@ -87,7 +87,7 @@ class FirstOrder(Corrector):
             cost += inverse.cost
         for t in range(steps):
             part = target.draw(self.batch_size, generator)
-            theta.grad = gradient(target, replace(position, theta=theta), part, batch_statistics=live) * free
+            theta.grad = target.gradient(replace(position, theta=theta), part, batch_statistics=live) * free
             theta.grad = theta.grad if inverse is None else inverse(theta.grad) / 2
             optimizer.param_groups[0]["lr"] = rate * (0.5 * (1 + math.cos(math.pi * t / steps)) if final else 1.0)
             optimizer.step()
@@ -127,20 +127,3 @@ LOOKED_AT = 256
 def _some(kept: Kept, count: int, generator: torch.Generator) -> Kept:
     """About so many of the protected inputs at random."""
     return kept.subset(count * max(width for _, width in kept.shapes), generator)
-
-
-def gradient(kept: Kept, position: Position, part: Part, *, batch_statistics: bool = True) -> Tensor:
-    """Gradient `[D]` of the mean over a minibatch of |z - z_0|^2, divided by what that is at zero outputs.
-
-    Args:
-        kept: The function.
-        position: Where.
-        part: The minibatch.
-        batch_statistics: Let BatchNorm normalise by the minibatch.
-    """
-    function = kept.at(position)
-    model = function.map
-    with model.frozen(batch_statistics=batch_statistics and bool(model.normalisers)), torch.enable_grad():
-        theta = position.theta.detach().requires_grad_()
-        outputs = model.call(model.named(theta), function.inputs(part.batch))
-        return torch.autograd.grad(kept.gap(function, outputs, part) / kept.scale, theta)[0]

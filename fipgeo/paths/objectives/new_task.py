@@ -26,8 +26,11 @@ class NewTask(Objective):
 
     Every minibatch gradient d = -grad L becomes `argmin <v, g v> + mu |v - d|^2 = mu (g + mu)^{-1} d`: directions which
     the protected outputs feel are damped and free ones pass; momentum accumulates the result and is passed through the
-    next metric when that is made. A step holds `refresh` minibatches and its size multiplies the learning
-    rate, which otherwise decays along a cosine over the whole path. The model is in eval mode throughout.
+    next metric when that is made. With `feedback` the step also takes back what protected outputs have changed since
+    the start, r: at 1, `v = argmin |r + R v|^2 / N + mu |v - d|^2`, which is what keeps an integrator on a constraint
+    (Baumgarte, Stabilization of constraints and integrals of motion in dynamical systems, 1972). A step of the path
+    holds `refresh` minibatches, and its size multiplies the learning rate, which otherwise decays along a cosine over
+    the whole path. The model is in eval mode throughout.
 
     Attributes:
         batches: New data, `(x, y)` or a mapping with the model's keywords.
@@ -37,6 +40,9 @@ class NewTask(Objective):
         momentum: Heavy-ball coefficient.
         clip: Steps v longer than this are shortened to it, before the learning rate.
         refresh: Minibatches in a step, all under the metric at its start.
+        feedback: How much of what protected outputs have changed each minibatch takes back; 0 leaves it to corrections
+            between the steps. It needs a damping other than 0.
+        rehearse: Protected inputs, drawn anew for each minibatch, whose change is looked at.
         hold_zeros: Weights (see `weight_mask`) that are exactly zero stay so, after a sparse path; but for whole rows
             of the output layer, which `grow_head` makes for new classes.
         num_batches: Minibatches in an epoch.
@@ -49,6 +55,8 @@ class NewTask(Objective):
     momentum: float = 0.9
     clip: float = 1.0
     refresh: int = 10
+    feedback: float = 0.0
+    rehearse: int = 50
     hold_zeros: bool = False
     num_batches: int = 1
     _passes: dict[int, Iterator[Any]] = field(default_factory=dict, init=False, repr=False)
@@ -57,9 +65,11 @@ class NewTask(Objective):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for key in ("epochs", "lr", "clip", "refresh", "num_batches"):
+        for key in ("epochs", "lr", "clip", "refresh", "rehearse", "num_batches"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key}: got {getattr(self, key)}, expected a positive number")
+        if self.feedback < 0:
+            raise ValueError(f"feedback: got {self.feedback}, expected 0 for none, or a positive number such as 1")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: got {self.momentum}, expected a number in [0, 1)")
 
@@ -88,7 +98,6 @@ class NewTask(Objective):
         generator: torch.Generator,
     ) -> Proposal:
         """`refresh` minibatch steps in the metric at the position."""
-        del generator
         free, seen = state["free"], int(state["seen"])
         moves = predictor(position, free)
         mask = free.to(position.theta.dtype)
@@ -97,7 +106,13 @@ class NewTask(Objective):
         velocity = velocity if moves is None else moves.passed(velocity)
         theta, losses, cost = position.theta, [], 0.0 if moves is None else moves.cost
         for batch in self._stream(seen, count):
-            loss, gradient, used = self._loss(kept, replace(position, theta=theta), batch, seen)
+            here = replace(position, theta=theta)
+            loss, gradient, used = self._loss(kept, here, batch, seen)
+            if self.feedback and moves is not None and 0 < moves.mu < math.inf:
+                part = kept.draw(self.rehearse, generator)
+                back = kept.gradient(here, part)
+                gradient = gradient + self.feedback * kept.scale / (2 * moves.mu) * back
+                used += 3.0 * len(part.reference)
             step = -gradient * mask if moves is None else moves.passed(-gradient * mask)
             velocity = self.momentum * velocity + step * min(1.0, self.clip / max(float(step.norm()), 1e-30))
             rate = self.lr * size * 0.5 * (1 + math.cos(math.pi * seen / self.total))
