@@ -76,13 +76,22 @@ def write(name: str, records: Sequence[dict[str, Any]], folder: Path = RESULTS) 
         new = {tuple(r.get(k) for k in KEY): r for r in [*read(name, folder), *records]}
         body = {
             "environment": environment(),
-            "command": f"python -m benchmarks.{name} " + " ".join(sys.argv[1:]),
+            "command": _command(),
             "records": list(new.values()),
         }
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
         fresh.write_text(json.dumps(body, indent=1, allow_nan=False) + "\n")
         os.replace(fresh, path)
     return path
+
+
+def _command() -> str:
+    """What was typed, but for the folder of the records."""
+    script, *words = sys.argv
+    if "--folder" in words:
+        at = words.index("--folder")
+        del words[at : at + 2]
+    return " ".join(["python -m", f"benchmarks.{Path(script).stem}", *words])
 
 
 @contextmanager
