@@ -167,7 +167,7 @@ def adapt(
     momentum: float = 0.9,
     damping: float = 0.1,
     refresh: int = 10,
-    feedback: float = 0.3,
+    feedback: float = 0.0,
     geometry: str | Geometry = "auto",
     params: Where = None,
     hold_zeros: bool = False,
@@ -203,7 +203,8 @@ def adapt(
         momentum: Heavy-ball coefficient.
         damping: mu as a multiple of the mean non-zero eigenvalue of the metric: smaller keeps more, learns less.
         refresh: Minibatches that share a metric, a step of the path: more cost less, and learn less where data are few.
-        feedback: How much of what old outputs have changed each minibatch takes back (see `NewTask`).
+        feedback: How much of what old outputs have changed each minibatch takes back beside the corrections between
+            steps (see `NewTask`); 0.3 where tasks share most of their features, such as classes of one data set.
         geometry: How outputs are compared (see `MetricField`). "auto" is `Categorical` at the lowest temperature of 2,
             4, 8, ... at which it is not saturated if the new targets are classes, as it leaves more room to learn than
             logits do, and "logits" otherwise; with `after`, that of the path.
