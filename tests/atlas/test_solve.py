@@ -12,7 +12,9 @@ from torch.func import functional_call, jacrev
 from fipgeo import Composition, TaskVector, metric
 from fipgeo.atlas import Goal, Isotropic, Kind, Partitions, PerBlock, PerLayer, fit_, square
 from fipgeo.atlas.expansion import Expander
-from fipgeo.atlas.solve import _Problem, _Term
+from fipgeo.atlas.goals import Term
+from fipgeo.atlas.proximal import Problem
+from fipgeo.data import as_batches
 from fipgeo.linalg import Outcome
 
 from ..models import Tied
@@ -85,7 +87,7 @@ def test_square_loss_of_a_linear_network_is_one_solve(seed: int) -> None:
     rows = a.flatten(0, 1)
     system = rows.T @ rows / 20 + ridge * torch.eye(rows.shape[1], dtype=torch.float64)
     expected = torch.linalg.solve(system, rows.T @ (y - f).flatten() / 20)
-    fit = fit_(model, (x, y), loss="square", ridge=ridge, damping=1e-9, rtol=1e-9)
+    fit = fit_(model, (x, y), loss="square", ridge=ridge, rtol=1e-12)
     assert fit.ok and len(fit.losses) == len(fit.passes) == fit.steps + 1
     torch.testing.assert_close(model.coefficients.detach().flatten(), expected, rtol=1e-5, atol=1e-6)
 
@@ -99,7 +101,7 @@ def test_a_short_step_is_the_natural_gradient(seed: int, damping: float) -> None
     c = model.coefficients.detach()
     (slope,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), model.coefficients)
     pulled = metric(base, [x], geometry="categorical").pullback(model.operator())
-    problem = _Problem.at([_Term.of(model, Goal((x, y)))], [[(x, y)]], c, 0.0)
+    problem = Problem.at([Term.of(model, Goal((x, y)))], [as_batches((x, y))], c, 0.0)
     system = pulled.operator.to_dense() + damping * problem.weights.square().diag()
     expected = -torch.linalg.solve(system, slope.flatten())
     found = problem.solved(damping, None)
@@ -147,8 +149,8 @@ def test_samples_and_settings() -> None:
         fit_(model, (x, y), loss="hinge")
     with pytest.raises(ValueError, match="the loss needs labels"):
         fit_(model, x)
-    with pytest.raises(ValueError, match="steps, damping, ridge, sample: got 1, 0.0"):
-        fit_(model, (x, y), steps=1, damping=0.0)
+    with pytest.raises(ValueError, match="steps, reach, ridge, sample: got 1, 0.0"):
+        fit_(model, (x, y), steps=1, reach=0.0)
     with pytest.raises(ValueError, match="goals: got goals and other things"):
         fit_(model, [Goal((x, y)), (x, y)])
     assert float(square(2.0).value(torch.zeros(1, 3), torch.tensor([1]))) == 2.0
