@@ -132,7 +132,7 @@ class LinearProbe(nn.Module):
         ValueError: The shapes do not fit, or a label is no class of the prior.
 
     Source: LP++ (Huang et al., CVPR 2024, arXiv:2404.02285): the model, the start and block majorise-minimise. The
-    published steps take 1/4, which bounds the curvature of one class alone; here it is the 1/2 of Boehning (1992),
+    published steps take 1/4, which bounds the curvature of one class alone; here it is the 1/2 of Böhning (1992),
     which bounds that of all classes at once, so that descent is certain.
 
     Examples:
