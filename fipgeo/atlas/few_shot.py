@@ -190,8 +190,8 @@ class LinearProbe(nn.Module):
 
         losses = [cross_entropy(self(features), labels.long()).item()]
         for _ in range(steps):
-            self.weight -= gap().mT @ rows / (n * steep)
-            self.blend -= (gap() * near).sum(0) / (n * slopes)
+            self.weight.sub_(gap().mT @ rows / (n * steep))
+            self.blend.sub_((gap() * near).sum(0) / (n * slopes))
             losses.append(cross_entropy(self(features), labels.long()).item())
         return losses
 
