@@ -63,9 +63,12 @@ class Block(nn.Module):
         return table.view(len(flat), parts, width).transpose(0, 1).contiguous()
 
     def flat(self, dtype: torch.dtype) -> Tensor | None:
-        """The vectors as one matrix `[n, P]` in memory if they are one, in this dtype; None otherwise."""
-        whole = type(self) is Block and self.order is None and self.data.dtype == dtype
-        return self.data[0] if whole else None
+        """The vectors as one matrix `[n, P]` if they are stored as one, in this dtype; None otherwise."""
+        return self.data[0] if self.order is None and self._stored() == dtype else None
+
+    def _stored(self) -> torch.dtype | None:
+        """The dtype of the matrix, None if there is none."""
+        return self.data.dtype
 
     def compose(self, weights: Tensor, base: Tensor | None = None) -> Tensor:
         """Weighted sums of the vectors, plus the base.
@@ -124,6 +127,9 @@ class StreamedBlock(Block):
         self.register_buffer("_here", torch.empty(0, device=device), persistent=False)
         self._here: Tensor
 
+    def _stored(self) -> torch.dtype | None:
+        return self.dtype
+
     @property
     def data(self) -> Tensor:  # type: ignore[override]
         """The vectors `[K, n, m]`, made anew."""
@@ -153,6 +159,9 @@ class FactoredBlock(Block):
         self.left: Tensor
         self.right: Tensor
         self.owner: Tensor
+
+    def _stored(self) -> torch.dtype | None:
+        return None
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -266,6 +275,7 @@ class Sums:
                 out.append(block.compose(row.view(block.size), base).to(dtype))
             else:
                 out.append(torch.addmv(base.reshape(-1), data.t(), row).view(block.shape))
+            del data  # before the next one is read
         return tuple(out)
 
     def project(self, grads: Sequence[Tensor | None], size: int, dtype: torch.dtype) -> Tensor:
@@ -283,6 +293,7 @@ class Sums:
                 found.append(block.project(g.to(dtype)).flatten(-2))
             else:
                 found.append(torch.mv(data, g.to(dtype).reshape(-1)))
+            del data
         out = like.new_zeros((*lead, size))
         return out.index_add_(-1, self.index, torch.cat(found, -1)) if found else out
 
