@@ -77,12 +77,13 @@ def test_defaults_that_the_page_on_choosing_names_are_those_of_the_signatures() 
         ((fipgeo.Method, fipgeo.GaussNewton), "`Method` of a path, `GaussNewton`"),
         ((fipgeo.adapt, fipgeo.robustify), "`adapt`, `robustify`"),
         ((fipgeo.optim.FIP,), "`FIP`"),
-        ((fipgeo.atlas.fit_,), "`atlas.fit_`"),
     ):
         row = next(line for line in rows if line.startswith(f"| {name} |"))
         said = float(row.split("|")[3].split()[0])
         assert [default(function, "damping") for function in functions] == [said] * len(functions)
     assert default(fipgeo.geodesic, "damping") is None
+    text = (ROOT / "docs/choosing.md").read_text()
+    assert f"`reach={default(fipgeo.atlas.fit_, 'reach')}` at the start" in text
 
 
 def test_the_inputs_that_a_promise_takes() -> None:

@@ -62,6 +62,14 @@ class Block(nn.Module):
         table.index_copy_(1, self.order.long(), flat)
         return table.view(len(flat), parts, width).transpose(0, 1).contiguous()
 
+    def flat(self, dtype: torch.dtype) -> Tensor | None:
+        """The vectors as one matrix `[n, P]` if they are stored as one, in this dtype; None otherwise."""
+        return self.data[0] if self.order is None and self._stored() == dtype else None
+
+    def _stored(self) -> torch.dtype | None:
+        """The dtype of the matrix, None if there is none."""
+        return self.data.dtype
+
     def compose(self, weights: Tensor, base: Tensor | None = None) -> Tensor:
         """Weighted sums of the vectors, plus the base.
 
@@ -119,6 +127,9 @@ class StreamedBlock(Block):
         self.register_buffer("_here", torch.empty(0, device=device), persistent=False)
         self._here: Tensor
 
+    def _stored(self) -> torch.dtype | None:
+        return self.dtype
+
     @property
     def data(self) -> Tensor:  # type: ignore[override]
         """The vectors `[K, n, m]`, made anew."""
@@ -148,6 +159,9 @@ class FactoredBlock(Block):
         self.left: Tensor
         self.right: Tensor
         self.owner: Tensor
+
+    def _stored(self) -> torch.dtype | None:
+        return None
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -245,9 +259,24 @@ class Sums:
 
     def compose(self, flat: Tensor) -> tuple[Tensor, ...]:
         """The sums `[..., *shape]`."""
+        if flat.dim() == 1 and self.bases is not None:
+            return self._one(flat, self.bases)
         bases = [None] * len(self.blocks) if self.bases is None else self.bases
         rows = zip(self.blocks, self.parts(flat), bases, self.dtypes, strict=True)
         return tuple(block.compose(weights, base).to(dtype) for block, weights, base, dtype in rows)
+
+    def _one(self, flat: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The sums for one set of coefficients: a product of a matrix and a vector for each block in memory."""
+        out, wide = [], flat.dtype
+        rows = flat.index_select(0, self.index).split(list(self.sizes))
+        for block, row, base, dtype in zip(self.blocks, rows, bases, self.dtypes, strict=True):
+            data = block.flat(wide)
+            if data is None or base.dtype != wide:
+                out.append(block.compose(row.view(block.size), base).to(dtype))
+            else:
+                out.append(torch.addmv(base.reshape(-1), data.t(), row).view(block.shape))
+            del data  # before the next one is read
+        return tuple(out)
 
     def project(self, grads: Sequence[Tensor | None], size: int, dtype: torch.dtype) -> Tensor:
         """The adjoint, `[..., r]`; None stands for zero."""
@@ -255,10 +284,16 @@ class Sums:
             (g.shape[: g.dim() - len(b.shape)] for b, g in zip(self.blocks, grads, strict=True) if g is not None), ()
         )
         like = self.index.new_zeros((), dtype=dtype)
-        found = [
-            like.new_zeros((*lead, n)) if g is None else b.project(g.to(dtype)).flatten(-2)
-            for b, g, n in zip(self.blocks, grads, self.sizes, strict=True)
-        ]
+        found = []
+        for block, g, n in zip(self.blocks, grads, self.sizes, strict=True):
+            data = None if lead or g is None else block.flat(dtype)
+            if g is None:
+                found.append(like.new_zeros((*lead, n)))
+            elif data is None:
+                found.append(block.project(g.to(dtype)).flatten(-2))
+            else:
+                found.append(torch.mv(data, g.to(dtype).reshape(-1)))
+            del data
         out = like.new_zeros((*lead, size))
         return out.index_add_(-1, self.index, torch.cat(found, -1)) if found else out
 

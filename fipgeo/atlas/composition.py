@@ -137,15 +137,15 @@ class Composition(nn.Module):
         Args:
             coefficients: `[n, S]` in place of the module's own, for functions of the coefficients (torch.func).
         """
-        return self._summed(coefficients, self._bases())
+        return self._summed(coefficients, True)
 
     def displacements(self, coefficients: Tensor | None = None) -> dict[str, Tensor]:
         """B c by name: how far the composed tensors are from the network's. As `weights` otherwise."""
-        return self._summed(coefficients, None)
+        return self._summed(coefficients, False)
 
-    def _summed(self, coefficients: Tensor | None, bases: list[Tensor] | None) -> dict[str, Tensor]:
-        flat = (self.coefficients if coefficients is None else coefficients).flatten()
-        sums = Sums(self._blocks(), self._index, self._sizes, bases, [base.dtype for base in self._bases()])
+    def _summed(self, coefficients: Tensor | None, based: bool) -> dict[str, Tensor]:
+        flat, bases = (self.coefficients if coefficients is None else coefficients).flatten(), self._bases()
+        sums = Sums(self._blocks(), self._index, self._sizes, bases if based else None, [base.dtype for base in bases])
         return dict(zip(self.names, Compose.apply(flat, sums), strict=True))
 
     def _bases(self) -> list[Tensor]:

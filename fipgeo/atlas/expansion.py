@@ -6,7 +6,7 @@ Axis letters: n examples, O outputs of an example, r coefficients, v vectors of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,8 +47,10 @@ class Expander:
         output_fn: Raw outputs -> the one tensor that the loss gets.
 
     Attributes:
-        passes: What was spent, in examples: a forward pass, a backward pass by activations, and a vector's way through
-            the layers count a third each, so that one forward and full backward pass of an example is 1.
+        passes: What was spent, in examples: a forward pass, a backward pass by activations, one by weights, and a
+            vector's way through the layers count a third each, so that one forward and full backward pass of an example
+            is 1. What does not grow with the examples, such as composing weights, is not counted, nor are the inner
+            products of layers' outputs.
     """
 
     def __init__(
@@ -73,19 +75,40 @@ class Expander:
         self.passes += len(found) / 3
         return found
 
+    def pull(self, weights: Mapping[str, Tensor], batch: Any, value: Callable[[Tensor], Tensor]) -> float:
+        """A scalar function of the outputs at composed weights; its gradient is added to theirs, which are leaves."""
+        with self.map.frozen(), torch.enable_grad():
+            outputs = _one(self.map.call(weights, batch))
+            found = value(outputs)
+            found.backward()
+        self.passes += len(outputs)
+        return float(found.detach())
+
     def __call__(self, c: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs `[n, ..., C]` and their derivative `[n, O, r]` by the coefficients."""
         at = torch.zeros_like(c) if self.model.linear else c
-        with self.map.frozen():
-            weights = {name: t.detach() for name, t in self.model.weights(at).items()}
-            if self._by_rows is None:
-                self._look(weights, at, batch)
-            pieces = [self._piece(weights, part) for part in self._pieces(batch)]
-        outputs, derivative = torch.cat([f for f, _ in pieces]), torch.cat([a for _, a in pieces])
+        outputs, derivative = self.along(at, batch, None)
         if self.model.linear:
             outputs = outputs + (derivative @ c.flatten()).view_as(outputs).to(outputs.dtype)
-        width = outputs[0].numel() + len(self.model.coefficients)
-        self.passes += len(outputs) * (1 + width) / 3
+        return outputs, derivative
+
+    def along(self, c: Tensor, batch: Any, directions: Callable[[Tensor, Any], Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Outputs `[n, ..., C]` and the derivative `[n, m, r]` of their inner products with m directions.
+
+        Args:
+            c: Coefficients.
+            batch: Inputs.
+            directions: (outputs, batch) of a part of the batch -> `[m, n, ..., C]`; None for every single output. What
+                m is counts in the passes, not C, unless a tensor goes by rows.
+        """
+        with self.map.frozen():
+            weights = {name: t.detach() for name, t in self.model.weights(c).items()}
+            if self._by_rows is None:
+                self._look(weights, c, batch)
+            pieces = [self._piece(weights, part, directions) for part in self._pieces(batch)]
+        outputs, derivative = torch.cat([f for f, _ in pieces]), torch.cat([a for _, a in pieces])
+        backward = derivative.shape[1] + (2 * outputs[0].numel() if self._by_rows else 0)
+        self.passes += len(outputs) * (1 + backward + len(self.model.coefficients)) / 3
         return outputs, derivative
 
     def _pieces(self, batch: Any) -> Iterator[Any]:
@@ -125,24 +148,33 @@ class Expander:
             f = _one(self.map.call(self.model.weights(leaf), batch))
         u = torch.linspace(-1.0, 1.3, f.numel(), dtype=f.dtype, device=f.device).cos()
         (expected,) = torch.autograd.grad(f, leaf, u.view_as(f))
-        _, a = self._piece(weights, batch)
+        _, a = self._piece(weights, batch, None)
         return float((u.to(a) @ a.flatten(0, 1) - expected.flatten()).norm() / (expected.norm() + 1e-30))
 
-    def _piece(self, weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
+    def _piece(
+        self, weights: dict[str, Tensor], batch: Any, directions: Callable[[Tensor, Any], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """Outputs and derivative of a few examples."""
         assert self._by_rows is not None
-        f, parts = self._by_layers(weights, batch)
+        f, chosen, parts = self._by_layers(weights, batch, directions)
         n, width = len(f), f[0].numel()
         if self._by_rows:
-            parts |= self._rows(weights, batch, n, width)
+            rows = self._rows(weights, batch, n, width)
+            if chosen is not None:
+                along = chosen.flatten(2).transpose(0, 1).to(self.model.coefficients.dtype)  # [n, m, O]
+                rows = {name: torch.einsum("nmo,novk->nmvk", along, block) for name, block in rows.items()}
+            parts |= rows
+        width = width if chosen is None else len(chosen)
         blocks = zip(self.model.names, self.model._blocks(), strict=True)
         empty = {name: f.new_zeros(n, width, *b.size) for name, b in blocks if name not in parts}
         flat = torch.cat([(parts | empty)[name].flatten(2) for name in self.model.names], 2)
         out = flat.new_zeros(n, width, self.model.coefficients.numel(), dtype=self.model.coefficients.dtype)
         return f, out.index_add_(2, self.model._index, flat.to(out.dtype))
 
-    def _by_layers(self, weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Outputs, and derivatives `[n, O, v, 1]` by the coefficients of blocks whose layers are known."""
+    def _by_layers(
+        self, weights: dict[str, Tensor], batch: Any, directions: Callable[[Tensor, Any], Tensor] | None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Outputs, directions, and derivatives `[n, m, v, 1]` by the coefficients of blocks whose layers are known."""
         assert self._by_rows is not None
         known = {id(t): name for name, t in weights.items() if name not in self._by_rows}
         blocks = dict(zip(self.model.names, self.model._blocks(), strict=True))
@@ -150,20 +182,21 @@ class Expander:
         n = len(tensor_leaves(batch)[0])
         with torch.enable_grad(), Recorder(known, n, probes, self._copies) as seen:
             f = _one(self.map.call(weights, batch))
-        width, parts = f[0].numel(), {}
+        chosen = None if directions is None else directions(f.detach(), batch)
+        width, parts = f[0].numel() if chosen is None else len(chosen), {}
         if not probes:
-            return f.detach(), parts
+            return f.detach(), chosen, parts
         for start in range(0, width, TOGETHER):
             places = range(start, min(start + TOGETHER, width))
-            pulled = [_pull(f, i, probes) for i in places]
+            pulled = [_pull(f, _unit(f, i) if chosen is None else chosen[i], probes) for i in places]
             for number, site in enumerate(seen.sites):
-                delta = torch.stack([row[number] for row in pulled], 1)  # [n, some O, *trail]
+                delta = torch.stack([row[number] for row in pulled], 1)  # [n, some m, *trail]
                 for term in site.terms:
                     x = None if term.source < 0 else seen.inputs[term.source].detach()
                     out = parts.setdefault(term.name, f.new_zeros(n, width, *blocks[term.name].size))
                     with torch.no_grad():
                         out[:, places.start : places.stop, :, 0] += _met(site, term, x, delta, blocks[term.name])
-        return f.detach(), parts
+        return f.detach(), chosen, parts
 
     def _rows(self, weights: dict[str, Tensor], batch: Any, n: int, width: int) -> dict[str, Tensor]:
         """Derivatives `[n, O, v, K]` by the coefficients of the other blocks, tensor by tensor."""
@@ -185,10 +218,15 @@ def _one(outputs: tuple[Tensor, ...]) -> Tensor:
     return outputs[0]
 
 
-def _pull(f: Tensor, place: int, probes: list[Tensor]) -> list[Tensor]:
-    """Derivatives of one output of every example."""
+def _unit(f: Tensor, place: int) -> Tensor:
+    """The direction of one output of every example."""
     u = torch.zeros_like(f)
     u.view(len(f), -1)[:, place] = 1.0
+    return u
+
+
+def _pull(f: Tensor, u: Tensor, probes: list[Tensor]) -> list[Tensor]:
+    """Derivatives of the outputs' inner product with a direction."""
     found = torch.autograd.grad(f, probes, u, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, probes, strict=True)]
 

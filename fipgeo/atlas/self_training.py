@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fipgeo.atlas.composition import Composition
 from fipgeo.atlas.expansion import Expander
-from fipgeo.atlas.solve import Fit, Goal, fit_
+from fipgeo.atlas.goals import Goal
+from fipgeo.atlas.solve import Fit, fit_
 from fipgeo.data import Generator, as_batches, as_generator
 from fipgeo.model import ForwardFn, OutputFn
 
@@ -28,7 +29,7 @@ def self_train_(
     power: float = 0.5,
     share: float = 0.25,
     ridge: float = 1e-2,
-    steps: int = 1,
+    steps: int = 10,
     sample: int | None = None,
     generator: Generator = None,
     forward_fn: ForwardFn | None = None,

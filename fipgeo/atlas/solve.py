@@ -1,11 +1,11 @@
-r"""Learning coefficients by solving for them: the network is linearised, the loss is not.
+r"""Learning coefficients by a quadratic model of the objective that begins as the metric of the outputs.
 
-    minimise over d   sum_t w_t mean_n loss(f_n + A_n d, y_n) + ridge/2 |c + d|^2 + damping/2 |D d|^2
+    objective(c) = sum_t w_t mean_n loss(f(x_n; c), y_n) + ridge/2 |c|^2
 
-A is the derivative of the outputs by the r coefficients, so the curvature is that of the metric pulled back to them,
-B^T g B, in the geometry that belongs to the loss; D says how strongly the outputs feel each coefficient. The problem
-has r unknowns and needs no pass through the network; the damping is searched along by forward passes alone, as in
-Levenberg's method.
+At first the model's curvature is that of the metric pulled back to the coefficients, B^T g B, in the geometry that
+belongs to the loss: an estimate from a few random directions of the outputs, which costs about as much as two or three
+gradients. Every step within a region of trust costs one gradient, from which the curvature learns. The outputs of a
+linear composition need one expansion, and the problem is then solved without passes through the network.
 """
 
 from __future__ import annotations
@@ -14,38 +14,26 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
 
 from fipgeo.atlas.composition import Composition
-from fipgeo.atlas.expansion import Expander
-from fipgeo.atlas.losses import Loss, as_loss
-from fipgeo.data import Batches, Generator, TensorBatches, as_batches, as_generator
-from fipgeo.linalg import Dense, Outcome
-from fipgeo.metrics import Metric
-from fipgeo.model import ForwardFn, OutputFn
+from fipgeo.atlas.goals import Term, labels_of, listed
+from fipgeo.atlas.losses import Loss
+from fipgeo.atlas.proximal import EXACT, Problem, searched
+from fipgeo.atlas.region import Curvature
+from fipgeo.data import Batches, Generator, as_generator
+from fipgeo.linalg import Outcome
+from fipgeo.trees import tensor_leaves
 
-
-@dataclass(frozen=True, eq=False)
-class Goal:
-    """One term of what coefficients are learned for: the mean of a loss over data, times a weight.
-
-    Attributes:
-        data: `(x, y)` tensors, a list of batches, or a re-iterable loader; y is left out for losses without labels.
-        loss: "cross_entropy", "square", "entropy" or a `Loss`.
-        weight: Of the term; negative to undo what a network can do.
-        forward_fn: (network, batch) -> raw outputs; by default the network gets x.
-        output_fn: Raw outputs -> the tensor that the loss gets.
-    """
-
-    data: Any
-    loss: str | Loss = "cross_entropy"
-    weight: float = 1.0
-    forward_fn: ForwardFn | None = None
-    output_fn: OutputFn | None = None
+DIRECTIONS = 2
+"""Random directions of an example's outputs in the first metric."""
+METRIC = 64
+"""Examples of a goal in it, at most."""
+IDLE = 5
+"""Steps in a row that gain little before learning ends."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +41,16 @@ class Fit:
     """How learning went.
 
     Attributes:
-        losses: The objective at the start and after every step, each over the examples of its step.
-        passes: Forward-backward passes up to each of them, in examples: forward passes, backward passes by activations
-            and what each vector takes in the layers count a third each.
-        damping: After the last step.
+        losses: The objective at the start and after every step that lowered it, over the examples that were used.
+        passes: Forward-backward passes up to each of them, in examples: forward passes, backward passes by activations,
+            backward passes by weights and what each vector takes in the layers count a third each.
+        radius: Of the region of trust after the last step; infinite for a linear composition.
         outcome: CONVERGED where steps became small or the target was reached, STAGNATED where none lowered the loss.
     """
 
     losses: tuple[float, ...]
     passes: tuple[float, ...]
-    damping: float
+    radius: float
     outcome: Outcome
 
     @property
@@ -72,7 +60,7 @@ class Fit:
 
     @property
     def steps(self) -> int:
-        """Steps that were taken."""
+        """Steps that lowered the objective."""
         return len(self.losses) - 1
 
 
@@ -81,9 +69,9 @@ def fit_(
     goals: Any,
     *,
     loss: str | Loss = "cross_entropy",
-    steps: int = 10,
+    steps: int = 100,
     sample: int | None = None,
-    damping: float = 1e-2,
+    reach: float = 0.2,
     ridge: float = 0.0,
     rtol: float = 1e-3,
     target: float = -math.inf,
@@ -96,15 +84,16 @@ def fit_(
             in one step, in closed form for the square loss.
         goals: A `Goal`, several of them, or the data of one.
         loss: Of the one goal whose data were given.
-        steps: Most steps; each linearises the network once.
-        sample: Examples of each goal in a step, drawn anew for every step; None for all of them. The derivative takes
-            examples x outputs x coefficients numbers.
-        damping: At first, as a multiple of the metric's mean eigenvalue; found again in every step. A linear
-            composition has none beyond rounding.
+        steps: Most steps, those that are taken back included; each takes one gradient over the examples.
+        sample: Examples of each goal, drawn once; None for all of them.
+        reach: Radius of the region of trust at first; it is doubled and cut as steps turn out. Lengths are those of
+            |D d|, where D d is what each coefficient alone does to the outputs, root mean square over the examples, in
+            the geometry of the loss. A linear composition needs none.
         ridge: Weight of |c|^2 / 2 beside the losses.
-        rtol: A step that lowers the objective by a smaller share of its first value is the last.
+        rtol: A step that lowers the objective by a smaller share of its first value is little; after five of them in a
+            row, or where the model expects no more, learning ends.
         target: An objective at which to stop.
-        generator: Draws the samples.
+        generator: Draws the samples and the directions.
 
     Returns:
         What was reached, and what it took.
@@ -112,9 +101,10 @@ def fit_(
     Raises:
         ValueError: There is no goal, a setting is out of range, or the network returns several tensors.
 
-    Source: the damping is Levenberg's (1944) and Marquardt's (1963); solving the loss itself around a linearised
-    network is the prox-linear method (Drusvyatskiy & Lewis, Error Bounds, Quadratic Growth, and Linear Convergence of
-    Proximal Methods, 2018); with one quadratic step it would be the natural gradient of Amari (1998).
+    Source: the metric at the start is that of Amari's natural gradient (1998); the curvature learns by symmetric
+    rank-one updates in a region of trust (Conn, Gould & Toint 1991), scaled as by Marquardt (1963), so that vectors
+    may be of any size. For linear compositions it is the prox-linear method (Drusvyatskiy & Lewis, Error Bounds,
+    Quadratic Growth, and Linear Convergence of Proximal Methods, 2018).
 
     Examples:
         >>> from fipgeo import TaskVector
@@ -124,219 +114,223 @@ def fit_(
         >>> fit.ok, model.coefficients.round(decimals=2).tolist()
         (True, [[1.0, 1.0]])
     """
-    if steps < 0 or not damping > 0 or ridge < 0 or (sample is not None and sample < 1):
+    if steps < 0 or not reach > 0 or ridge < 0 or (sample is not None and sample < 1):
         raise ValueError(
-            f"steps, damping, ridge, sample: got {steps}, {damping}, {ridge}, {sample}; expected at least 0, above 0,"
-            " at least 0, and None or at least 1"
+            f"steps, reach, ridge, sample: got {steps}, {reach}, {ridge}, {sample}; expected at least 0, above 0, at"
+            " least 0, and None or at least 1"
         )
-    terms = [_Term.of(model, goal) for goal in _listed(goals, loss)]
     draws = as_generator(generator)
-    c, start = model.coefficients.detach().clone(), 0.0
-    losses, passes, outcome, mu = [], [], Outcome.MAX_ITERATIONS, None
-    for step in range(steps + 1):
-        parts = [term.drawn(sample, draws) for term in terms]
-        if step == 0 or sample is not None:
-            start = _objective(terms, parts, ridge, c)
-        if step == 0:
-            losses, passes = [start], [_spent(terms)]
-            outcome = Outcome.CONVERGED if start <= target else outcome
-        if step == steps or start <= target:
+    terms = [Term.of(model, goal) for goal in listed(goals, loss)]
+    parts = [term.drawn(sample, draws) for term in terms]
+    objective = Objective(model, terms, parts, ridge)
+    if model.linear:
+        return _solved(objective, steps, rtol, target)
+    return descend(objective, draws, steps=steps, reach=reach, rtol=rtol, target=target)
+
+
+def descend(
+    objective: Objective,
+    draws: torch.Generator,
+    *,
+    steps: int,
+    reach: float = 0.2,
+    rtol: float = 1e-3,
+    target: float = -math.inf,
+    allowed: Callable[[Tensor], bool] | None = None,
+) -> Fit:
+    """The steps of `fit_`; the first that leads to coefficients that are not allowed is halved, and is the last."""
+    model = objective.model
+    c = model.coefficients.detach().clone()
+    descent = Descent(objective, c, reach, draws) if steps else None
+    value = objective.value(c) if descent is None else descent.value
+    losses, passes, little = [value], [objective.passes], 0
+    least, outcome = rtol * abs(value), Outcome.MAX_ITERATIONS
+    for _ in range(steps):
+        if descent is None or value <= target:
             break
-        problem = _Problem.at(terms, parts, c, ridge)
-        mu = (EXACT if model.linear else damping) * problem.scale() if mu is None else mu
-        found = _searched(problem, partial(_objective, terms, parts, ridge), start, mu, rtol * abs(losses[0]))
-        if found.c is None:
-            outcome = found.outcome
-            break
-        small, c, start, mu = start - found.value <= rtol * abs(losses[0]), found.c, found.value, found.damping
-        losses.append(start)
-        passes.append(_spent(terms))
-        if small or start <= target:
+        gain = descent.step(least)
+        if gain is None:
             outcome = Outcome.CONVERGED
+            break
+        if gain > 0:
+            if allowed is not None and not allowed(descent.c):
+                c, outcome = halved(c, descent.c, allowed), Outcome.CONVERGED
+                losses.append(objective.value(c))
+                passes.append(objective.passes)
+                break
+            c, value = descent.c, descent.value
+            losses.append(value)
+            passes.append(objective.passes)
+        little = 0 if gain > least else little + 1
+        if little == IDLE:
+            outcome = Outcome.CONVERGED if len(losses) > 1 else descent.verdict
             break
     with torch.no_grad():
         model.coefficients.copy_(c)
-    return Fit(tuple(losses), tuple(passes), float(mu or 0.0), outcome)
+    radius = reach if descent is None else descent.radius
+    return Fit(
+        tuple(losses),
+        (*passes[:-1], objective.passes),
+        radius,
+        Outcome.CONVERGED if value <= target else outcome,
+    )
 
 
-EXACT = 1e-10
-"""Damping of a linear composition, whose expansion is exact: the first step is the solution."""
-FACTOR = 8.0
-"""Between one damping and the next."""
-LITTLE = 0.03
-"""The share of a step's gain below which it is not worth while to look on."""
-NEWTON = 20
-"""Most of Newton's steps for one damping."""
-
-
-class _Found(NamedTuple):
-    """Coefficients after a step and the objective there; None, with a verdict, where no step helps."""
-
-    c: Tensor | None
-    value: float
-    damping: float
-    outcome: Outcome
-
-
-def _searched(problem: _Problem, objective: Callable[[Tensor], float], start: float, mu: float, least: float) -> _Found:
-    """The best step: less damping as long as that helps, more until it does; none where the problem expects little."""
-    d = problem.solved(mu, None)
-    if problem.gain(d) <= least:
-        return _Found(None, start, mu, Outcome.CONVERGED)
-    value = objective(problem.c + d)
-    down, best, kept = value < start, None, mu
-    if down:
-        best = problem.c + d
-    for _ in range(8):
-        mu = mu / FACTOR if down else mu * FACTOR
-        d = problem.solved(mu, d)
-        now = objective(problem.c + d)
-        helps = now < (value - LITTLE * (start - value) if down else start)
-        if helps:
-            best, value, kept = problem.c + d, now, mu
-        if helps is not down:
-            break
-    return _Found(best, value, kept, Outcome.STAGNATED if math.isfinite(value) else Outcome.NOT_FINITE)
+def halved(start: Tensor, end: Tensor, allowed: Callable[[Tensor], bool]) -> Tensor:
+    """The first of the middle, the first quarter, ... of a way whose coefficients are allowed; its start if none is."""
+    size = 0.5
+    while size > 1e-3:
+        if allowed(start + size * (end - start)):
+            return start + size * (end - start)
+        size /= 2
+    return start
 
 
 @dataclass(frozen=True, eq=False)
-class _Term:
-    """A goal with what evaluates it."""
+class Objective:
+    """What is minimised, for a composition and examples of each goal."""
 
-    batches: Batches
-    loss: Loss
-    weight: float
-    expander: Expander
-
-    @classmethod
-    def of(cls, model: Composition, goal: Goal) -> _Term:
-        expander = Expander(model, goal.forward_fn, goal.output_fn)
-        return cls(as_batches(goal.data, argument="data").hold(), as_loss(goal.loss), goal.weight, expander)
-
-    def drawn(self, sample: int | None, draws: torch.Generator) -> list[Any]:
-        if sample is None:
-            return list(self.batches)
-        chosen = self.batches.sample(sample, draws)
-        return list(TensorBatches(chosen)) if isinstance(self.batches, TensorBatches) else [chosen]
-
-    def mean(self, part: list[Any], c: Tensor) -> float:
-        losses = [self.loss.value(self.expander.outputs(c, batch), labels_of(batch)) for batch in part]
-        return self.weight * float(torch.cat(losses).double().mean())
-
-
-def labels_of(batch: Any) -> Tensor | None:
-    """The y of a batch `(x, y)`; None for other batches."""
-    return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-
-
-def _listed(goals: Any, loss: str | Loss) -> list[Goal]:
-    if isinstance(goals, Goal):
-        return [goals]
-    if isinstance(goals, list | tuple) and any(isinstance(goal, Goal) for goal in goals):
-        if not all(isinstance(goal, Goal) for goal in goals):
-            raise ValueError("goals: got goals and other things in one list; make each a Goal(data, ...)")
-        return list(goals)
-    return [Goal(goals, loss)]
-
-
-def _objective(terms: list[_Term], parts: list[list[Any]], ridge: float, c: Tensor) -> float:
-    total = sum(term.mean(part, c) for term, part in zip(terms, parts, strict=True))
-    return total + ridge / 2 * float(c.double().square().sum())
-
-
-def _spent(terms: list[_Term]) -> float:
-    return sum(term.expander.passes for term in terms)
-
-
-@dataclass(frozen=True, eq=False)
-class Expanded:
-    """Outputs `[n, ..., C]`, their derivative `[n, O, r]` and labels of one batch; `share` is weight / N."""
-
-    loss: Loss
-    share: float
-    f: Tensor
-    a: Tensor
-    labels: Tensor | None
-
-    def at(self, d: Tensor) -> Tensor:
-        """Outputs of the linearised network."""
-        return self.f + (self.a @ d).view_as(self.f)
-
-    def value(self, d: Tensor) -> float:
-        """What the batch adds to the objective."""
-        return self.share * float(self.loss.value(self.at(d), self.labels).double().sum())
-
-    def gradient(self, d: Tensor) -> Tensor:
-        """Its derivative by d."""
-        out = self.at(d).requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(self.loss.value(out, self.labels).sum(), out)
-        return self.share * (slope.reshape(-1) @ self.a.flatten(0, 1))
-
-    def root(self, d: Tensor) -> Tensor:
-        """Rows `[n M, r]` whose squares are the curvature."""
-        columns = self.a.movedim(2, 0).reshape(-1, *self.f.shape)
-        point = self.at(d)
-        moved = vmap(lambda column: jvp(self.loss.geometry.embed, (point,), (column,))[1])(columns)
-        return abs(self.share) ** 0.5 * moved.flatten(1).T
-
-
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """The problem of the module's first lines around c `[n, S]`; steps d are flat inside and shaped as c outside."""
-
-    c: Tensor
+    model: Composition
+    terms: list[Term]
+    parts: list[Batches]
     ridge: float
-    parts: list[Expanded]
-    weights: Tensor  # D, flat
 
-    @classmethod
-    def at(cls, terms: list[_Term], parts: list[list[Any]], c: Tensor, ridge: float) -> _Problem:
-        out = []
-        for term, part in zip(terms, parts, strict=True):
-            found = [(*term.expander(c, batch), labels_of(batch)) for batch in part]
-            share = term.weight / sum(len(f) for f, _, _ in found)
-            out += [Expanded(term.loss, share, f.to(a.dtype), a, y) for f, a, y in found]
-        felt = torch.stack([part.a.flatten(0, 1).norm(dim=0) for part in out]).norm(dim=0)
-        felt = felt + 1e-3 * felt.max() if bool(felt.any()) else torch.ones_like(felt)
-        return cls(c, ridge, out, felt / felt.log().mean().exp())
+    @property
+    def passes(self) -> float:
+        """Spent so far, as `Fit` counts them."""
+        return sum(term.expander.passes for term in self.terms)
 
-    def scale(self) -> float:
-        """The mean eigenvalue of the metric of D d at c; 1 if it is zero."""
-        zero = self.c.new_zeros(self.c.numel())
-        return sum(float((p.root(zero) / self.weights).double().square().sum()) for p in self.parts) / len(zero) or 1.0
+    def value(self, c: Tensor) -> float:
+        """By forward passes."""
+        total = sum(term.mean(part, c) for term, part in zip(self.terms, self.parts, strict=True))
+        return total + self.ridge / 2 * float(c.double().square().sum())
 
-    def gain(self, d: Tensor) -> float:
-        """How much the objective falls by a step, as the linearised network has it."""
-        return self.value(torch.zeros_like(d.flatten()), 0.0) - self.value(d.flatten(), 0.0)
+    def slope(self, c: Tensor) -> tuple[float, Tensor]:
+        """The value and its gradient `[r]`, float64; weights are composed once, and their gradient projected once."""
+        leaf = c.clone().requires_grad_()
+        with torch.enable_grad():
+            composed = self.model.weights(leaf)
+        leaves = {name: t.detach().requires_grad_() for name, t in composed.items()}
+        total = self.ridge / 2 * float(c.double().square().sum())
+        for term, part in zip(self.terms, self.parts, strict=True):
+            share = term.weight / _count(part)
+            for batch in part:
+                total += term.expander.pull(leaves, batch, partial(_summed, term.loss, labels_of(batch), share))
+        pairs = [(composed[name], t.grad) for name, t in leaves.items() if t.grad is not None]
+        slope = self.ridge * c.flatten().double()
+        if pairs:
+            (found,) = torch.autograd.grad([t for t, _ in pairs], leaf, [g for _, g in pairs])
+            slope = slope + found.flatten().double()
+        return total, slope
 
-    def value(self, d: Tensor, mu: float) -> float:
-        squares = self.ridge * (self.c.flatten() + d).square() + mu * (self.weights * d).square()
-        return sum(part.value(d) for part in self.parts) + float(squares.double().sum()) / 2
+    def metric(self, c: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor, tuple[float, Tensor] | None]:
+        """Rows `[q, r]`, the signs of their squares, and value and slope where all examples were looked at."""
+        rows, signs, whole = [], [], True
+        value, slope = self.ridge / 2 * float(c.double().square().sum()), self.ridge * c.flatten().double()
+        for term, part in zip(self.terms, self.parts, strict=True):
+            few = part
+            if _count(part) > METRIC:
+                few, whole = Term(part, term.loss, term.weight, term.expander).drawn(METRIC, draws), False
+            share = term.weight / _count(few)
+            for batch in few:
+                f, a = term.expander.along(c, batch, partial(_directions, term.loss, draws))
+                value += share * float(term.loss.value(f, labels_of(batch)).double().sum())
+                slope = slope + share * a[:, 0].double().sum(0)
+                rows.append(abs(share) ** 0.5 * a[:, 1:].double().flatten(0, 1))
+                signs.append(torch.full_like(rows[-1][:, 0], math.copysign(1.0, share)))
+        return torch.cat(rows), torch.cat(signs), (value, slope) if whole else None
 
-    def solved(self, mu: float, start: Tensor | None) -> Tensor:
-        """The best d at a damping, by Newton's method in the metric with halved steps where one is too long."""
-        zero = self.c.new_zeros(self.c.numel())
-        d = zero if start is None else start.flatten()
-        first, now = self.value(zero, mu), self.value(d, mu)
-        if now > first:
-            d, now = zero, first
-        for _ in range(NEWTON):
-            slope = sum((part.gradient(d) for part in self.parts), self.ridge * (self.c.flatten() + d))
-            slope = slope + mu * self.weights.square() * d
-            rows = [part.root(d) / self.weights for part in self.parts]
-            rows += [(self.ridge**0.5 / self.weights).diag()] if self.ridge else []
-            root = torch.cat(rows)
-            way = "dual" if root.shape[0] < root.shape[1] else "dense"
-            solution = Metric(Dense(root), 1).solve(-(slope / self.weights).double(), mu, method=way)
-            move, size, before = solution.value.to(d) / self.weights, 1.0, now
-            tried = self.value(d + move, mu)
-            while not tried < now and size > 1e-4:
-                size /= 2
-                tried = self.value(d + size * move, mu)
-            if not tried < now:
-                break
-            d, now = d + size * move, tried
-            if before - now <= 1e-3 * (first - now):
-                break
-        return d.view_as(self.c)
+
+class Descent:
+    """Steps of `fit_`, one by one.
+
+    Args:
+        objective: What is minimised.
+        c: Where to begin, `[n, S]`.
+        reach: As in `fit_`.
+        draws: For the metric's directions and examples.
+
+    Attributes:
+        c: The best coefficients so far.
+        value: The objective there.
+        slope: Its gradient, `[r]` in float64.
+        radius: Of the region of trust.
+        curvature: The model's.
+        verdict: What to say if no step ever helps.
+    """
+
+    def __init__(self, objective: Objective, c: Tensor, reach: float, draws: torch.Generator) -> None:
+        self.objective, self.c, self.radius, self.verdict = objective, c, reach, Outcome.STAGNATED
+        rows, signs, found = objective.metric(c, draws)
+        self.curvature = Curvature.of(rows, signs, objective.ridge)
+        self.value, self.slope = objective.slope(c) if found is None else found
+
+    def step(self, least: float) -> float | None:
+        """Try a step; how much it lowers the objective, 0 if it is taken back, None if the model expects too little."""
+        d = self.curvature.step(self.slope, self.radius)
+        expected, length = -self.curvature.change(self.slope, d), self.curvature.length(d)
+        if expected <= least and length < 0.9 * self.radius:
+            return None
+        c = self.c + d.view_as(self.c).to(self.c)
+        value, slope = self.objective.slope(c)
+        if not (math.isfinite(value) and bool(slope.isfinite().all())):
+            self.radius, self.verdict = length / 4, Outcome.NOT_FINITE
+            return 0.0
+        gain = self.value - value
+        self.curvature = self.curvature.learnt(d, slope - self.slope)
+        if gain > 0.75 * expected and length > 0.8 * self.radius:
+            self.radius *= 2
+        elif gain < 0.1 * expected:
+            self.radius = length / (2 if gain > 0 else 4)
+        if not gain > 0:
+            return 0.0
+        self.c, self.value, self.slope = c, value, slope
+        return gain
+
+
+def _summed(loss: Loss, labels: Tensor | None, share: float, f: Tensor) -> Tensor:
+    return share * loss.value(f, labels).sum()
+
+
+def _directions(loss: Loss, draws: torch.Generator, f: Tensor, batch: Any) -> Tensor:
+    """The loss's own direction, and random ones whose mean square is its geometry's metric, `[1 + m, n, ..., C]`."""
+    leaf = f.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (own,) = torch.autograd.grad(loss.value(leaf, labels_of(batch)).sum(), leaf)
+        z = loss.geometry.embed(leaf)
+        found = [own]
+        for turn in range(DIRECTIONS):
+            signs = torch.randint(0, 2, z.shape, generator=draws).to(z) * 2 - 1
+            pulled = torch.autograd.grad(z, leaf, signs / DIRECTIONS**0.5, retain_graph=turn < DIRECTIONS - 1)
+            found.append(pulled[0])
+    return torch.stack(found)
+
+
+def _count(part: Batches) -> int:
+    return sum(len(tensor_leaves(batch)[0]) for batch in part)
+
+
+def _solved(objective: Objective, steps: int, rtol: float, target: float) -> Fit:
+    """Steps of a linear composition; the first is the solution but for rounding."""
+    c = objective.model.coefficients.detach().clone()
+    value = objective.value(c)
+    least, mu, outcome = rtol * abs(value), None, Outcome.MAX_ITERATIONS
+    losses, passes = [value], [objective.passes]
+    for _ in range(steps):
+        if value <= target:
+            break
+        problem = Problem.at(objective.terms, objective.parts, c, objective.ridge)
+        mu = EXACT * problem.scale() if mu is None else mu
+        found = searched(problem, objective.value, value, mu, least)
+        if found.c is None:
+            outcome = found.outcome
+            break
+        small, c, value, mu = value - found.value <= least, found.c, found.value, found.damping
+        losses.append(value)
+        passes.append(objective.passes)
+        if small:
+            outcome = Outcome.CONVERGED
+            break
+    with torch.no_grad():
+        objective.model.coefficients.copy_(c)
+    return Fit(tuple(losses), tuple(passes), math.inf, Outcome.CONVERGED if value <= target else outcome)

@@ -11,17 +11,26 @@ from torch import Tensor, nn
 
 from fipgeo.atlas.composition import Composition
 from fipgeo.atlas.expansion import Expander
+from fipgeo.atlas.goals import Goal, Term, labels_of
 from fipgeo.atlas.losses import Loss, as_loss
-from fipgeo.atlas.solve import Expanded, Fit, Goal, fit_, labels_of
-from fipgeo.data import as_batches
+from fipgeo.atlas.proximal import Expanded
+from fipgeo.atlas.solve import Fit, Objective, descend, fit_, halved
+from fipgeo.data import Generator, as_batches, as_generator
 from fipgeo.lazy import entries_of, gathered
 from fipgeo.model import ForwardFn, OutputFn, OutputMap
 from fipgeo.task_vectors import TaskVector
 
 
 def forget_(
-    model: Composition, target: Any, control: Any, *, floor: float = 0.95, ridge: float = 1e-2, steps: int = 10
-) -> list[Fit]:
+    model: Composition,
+    target: Any,
+    control: Any,
+    *,
+    floor: float = 0.95,
+    ridge: float = 1e-2,
+    steps: int = 30,
+    generator: Generator = None,
+) -> Fit:
     """Make a network bad at a target while it stays good at a control, in place.
 
     The loss is cross-entropy on the control minus that on the target. The accuracy on the control is looked at after
@@ -33,10 +42,11 @@ def forget_(
         control: Data to be kept, or a `Goal`.
         floor: Share of the control accuracy at the start that must be left.
         ridge: Weight of |c|^2 / 2; the loss alone has no minimum.
-        steps: Most steps.
+        steps: Most steps, as in `fit_`.
+        generator: Draws the directions of the metric.
 
     Returns:
-        The fit of each step.
+        How it went; the outcome is CONVERGED where the floor was met or steps became small.
 
     Raises:
         ValueError: `floor` is not in (0, 1].
@@ -48,20 +58,22 @@ def forget_(
     away, kept = (data if isinstance(data, Goal) else Goal(data) for data in (target, control))
     goals = [replace(away, weight=-abs(away.weight)), kept]
     expander = Expander(model, kept.forward_fn, kept.output_fn)
-    fits: list[Fit] = []
-    start = model.coefficients.detach().clone()
-    least = floor * _accuracy(expander, start, kept)
-    while len(fits) < steps:
-        fits.append(fit_(model, goals, ridge=ridge, steps=1))
-        move, size = model.coefficients.detach() - start, 1.0
-        while _accuracy(expander, start + size * move, kept) < least:
-            size = size / 2 if size > 1e-3 else 0.0
-        start = start + size * move
-        with torch.no_grad():
-            model.coefficients.copy_(start)
-        if size < 1 or not fits[-1].steps:
-            break
-    return fits
+    least = floor * _accuracy(expander, model.coefficients.detach(), kept)
+
+    def held(c: Tensor) -> bool:
+        return _accuracy(expander, c, kept) >= least
+
+    if model.linear:
+        before = model.coefficients.detach().clone()
+        fit = fit_(model, goals, ridge=ridge, steps=steps)
+        after = model.coefficients.detach().clone()
+        if not held(after):
+            with torch.no_grad():
+                model.coefficients.copy_(halved(before, after, held))
+        return fit
+    terms = [Term.of(model, goal) for goal in goals]
+    objective = Objective(model, terms, [term.batches for term in terms], ridge)
+    return descend(objective, as_generator(generator), steps=steps, allowed=held)
 
 
 def _accuracy(expander: Expander, c: Tensor, goal: Goal) -> float:
