@@ -65,8 +65,9 @@ class Task:
         """The number of classes."""
         return self.top(torch.zeros(1, WIDTH)).shape[1]
 
-    def goal(self, data: Any, weight: float = 1.0) -> Goal:
+    def goal(self, data: Labelled, weight: float = 1.0) -> Goal:
         """Cross-entropy; where classes outnumber the features these are linearised in place of the scores."""
+        data = data[0].contiguous(), data[1]
         if self.size <= WIDTH or self.classes is None:
             return Goal(data, "cross_entropy", weight, forward_fn=self.scores)
         return Goal(data, above(self.classes), weight, forward_fn=lambda net, batch: net(batch[0]))
@@ -87,9 +88,10 @@ class _Above(Geometry):
         p = cosine(self.classes)(point).softmax(1)
         rows = self.classes - (unit @ self.classes.T)[:, :, None] * unit[:, None]  # [n, C, 64], without the head's scale
         rows = p.sqrt()[:, :, None] * (rows - (p[:, None] @ rows)) * SHARPNESS / size
-        gram = rows.mT @ rows
-        gram = gram + 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(gram.shape[1])
-        return (torch.linalg.cholesky(gram).mT @ outputs[:, :, None]).squeeze(2)
+        gram = rows.double().mT @ rows.double()
+        little = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
+        root = torch.linalg.cholesky(gram + little[:, None, None] * torch.eye(len(gram[0]), dtype=gram.dtype))
+        return (root.mT.to(outputs) @ outputs[:, :, None]).squeeze(2)
 
 
 def above(classes: Tensor) -> Loss:

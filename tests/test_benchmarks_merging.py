@@ -1,0 +1,211 @@
+"""The benchmarks of merging and of few images: each rule by another route, and the grids on tiny data."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import learned, merges, merging, records, students, transfer
+from benchmarks.merges import Setting, Task, cosine
+from benchmarks.students import Lesson, Student
+from fipgeo import TaskVector
+from fipgeo.outputs import Categorical
+
+
+def images(seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """Three classes of vectors, each a direction of its own that depends on the task, in noise."""
+    random = torch.Generator().manual_seed(seed // 10)
+    centres = torch.randn(3, 12, generator=random)
+    random.manual_seed(seed)
+    y = torch.arange(count) % 3
+    return (centres[y] + torch.randn(count, 12, generator=random)).view(count, 3, 2, 2), y
+
+
+def trunk(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(3, 8, 2), nn.Flatten(), nn.Tanh(), nn.Linear(8, 64)).eval()
+
+
+def setting() -> Setting:
+    """Two tasks, with vectors of a few steps of training each."""
+    base, tasks, vectors = trunk(), [], []
+    for number, name in enumerate(("one", "two")):
+        train, validation, test = (images(10 * number + part, 30) for part in (1, 2, 3))
+        features = base(train[0]).detach()
+        classes = F.normalize(torch.stack([features[train[1] == k].mean(0) for k in range(3)]), dim=1)
+        task, net = Task(name, cosine(classes), classes, train, validation, test), copy.deepcopy(base)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        for _ in range(10):
+            optimizer.zero_grad()
+            F.cross_entropy(task.scores(net, train), train[1]).backward()
+            optimizer.step()
+        tasks.append(task)
+        vectors.append(TaskVector.between(base, net))
+    return Setting(base, tasks, vectors)
+
+
+def kept(at: Setting) -> Task:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(5))
+    train, validation, test = (images(seed, 40) for seed in (81, 82, 83))
+    part = [(x, (at.base(x) @ weight.T).argmax(1).detach()) for x, _ in (train, validation, test)]
+    return Task("kept", lambda features: features @ weight.T, None, *part)
+
+
+def test_features_have_the_metric_of_their_scores(generator: torch.Generator) -> None:
+    classes = F.normalize(torch.randn(70, 64, generator=generator), dim=1)
+    f, t = torch.randn(2, 3, 64, generator=generator)
+    loss = merges.above(classes)
+    _, mine = torch.func.jvp(loss.geometry.embed, (f,), (t,))
+    _, plain = torch.func.jvp(lambda f: Categorical().embed(cosine(classes)(f)), (f,), (t,))
+    assert mine.shape == f.shape and torch.allclose(mine.square().sum(1), plain.square().sum(1), rtol=1e-4)
+    y = torch.tensor([0, 5, 69])
+    assert torch.allclose(loss.value(f, y), F.cross_entropy(cosine(classes)(f), y, reduction="none"))
+
+
+def test_the_scale_is_the_best_on_validation_until_accuracy_falls_twice() -> None:
+    at = setting()
+    net, name = merges.scaled(at, {"all": at.whole, "none": 0.0 * at.whole})
+    tried, falls, top = {}, 0, -1.0
+    for scale in merges.SCALES:
+        value = at.validated(at.whole.apply_to(at.base, scale))
+        tried[scale] = value
+        falls, top = (0, value) if value > top else (falls + 1, top)
+        if falls == 2:
+            break
+    best = max(tried, key=lambda scale: tried[scale])
+    assert name == f"all scale {best}"
+    assert at.validated(net) == tried[best] > at.validated(at.base)
+
+
+def test_merges_by_singular_vectors_average_what_is_no_matrix() -> None:
+    at = setting()
+    found = merges.summed(at.vectors)
+    for name, tensor in found.tensors.items():
+        both = torch.stack([vector.tensors[name] for vector in at.vectors])
+        assert torch.allclose(tensor, both.sum(0) if tensor.dim() > 1 else both.mean(0))
+
+
+@pytest.mark.parametrize("name", [*merges.ADDED, *learned.LEARNED])
+def test_every_rule_merges_without_touching_the_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = setting()
+    monkeypatch.setattr(merges, "depth", lambda name: int(name.split(".")[0]))
+    before = copy.deepcopy(at.base.state_dict())
+    net, _ = (merges.ADDED | learned.LEARNED)[name](at, 0)
+    assert type(net) is nn.Sequential
+    assert all(torch.equal(tensor, before[key]) for key, tensor in at.base.state_dict().items())
+    rows = at.rows(net, "validation")
+    assert at.validated(net) == pytest.approx(sum(rows.values()) / 2)
+    if name not in ("pretrained", "AdaMerging", "AdaMerging on test"):
+        assert at.validated(net) >= at.validated(at.base)
+
+
+def test_entropy_does_not_look_at_labels() -> None:
+    at = setting()
+    x, y = at.tasks[0].validation
+    loss = merges.uncertain(at.tasks[0])
+    p = at.tasks[0].scores(at.base, (x, y)).softmax(1)
+    assert float(loss(at.base, (x, y))) == pytest.approx(float(-(p * p.log()).sum(1).mean()), rel=1e-5)
+    assert torch.equal(loss(at.base, (x, y)), loss(at.base, (x, y.flip(0))))
+
+
+@pytest.mark.parametrize("name", learned.NEGATED)
+def test_what_forgets_keeps_the_floor_on_validation(name: str) -> None:
+    at = setting()
+    control = kept(at)
+    net, _ = learned.NEGATED[name](at, 0, control, 0)
+    floor = learned.FLOOR * control.accuracy(at.base, control.validation)
+    assert control.accuracy(net, control.validation) >= floor
+    left, start = (at.tasks[0].accuracy(n, at.tasks[0].validation) for n in (net, at.base))
+    assert left <= start
+
+
+def test_a_vector_is_taken_back_as_far_as_the_floor_allows() -> None:
+    at = setting()
+    control, vector = kept(at), 4.0 * setting().vectors[0]
+    net, name = learned.taken_back(at, 0, control, {"": vector})
+    scale = float(name.split()[-1])
+    floor = learned.FLOOR * control.accuracy(at.base, control.validation)
+    allowed = []
+    for tried in merges.SCALES:
+        if control.accuracy(vector.apply_to(at.base, -tried), control.validation) < floor:
+            break
+        allowed.append(tried)
+    assert allowed and scale <= merges.SCALES[len(allowed)]
+    least = min(at.tasks[0].accuracy(vector.apply_to(at.base, -s), at.tasks[0].validation) for s in allowed)
+    assert at.tasks[0].accuracy(net, at.tasks[0].validation) <= least
+
+
+def lesson() -> Lesson:
+    at = setting()
+    return Lesson.of(at.base, at.tasks[0], [at.vectors[1], 0.5 * at.vectors[0]], images(4, 6), 0)
+
+
+def test_students_start_from_one_head_and_learn_what_they_may() -> None:
+    at = lesson()
+    start = Student(at.base, at.classes)(at.data[0])
+    for name, learn in (students.METHODS | students.PARTED).items():
+        with torch.no_grad():
+            same = learn(at, 0.0)(at.data[0]) if "fipgeo" not in name else start
+        assert torch.allclose(same, start, atol=1e-5), name
+        student = learn(at, 1e-2)
+        loss = [float(F.cross_entropy(f, at.data[1])) for f in (start, student(at.data[0]))]
+        assert loss[1] < loss[0] or name == "head of the images"
+    head = students.probed(at, 1e-2)
+    assert isinstance(head, Student) and torch.equal(head.body[0].weight, at.base[0].weight)  # type: ignore[index]
+    assert not torch.equal(head.classes, at.classes)
+
+
+def test_coefficients_of_parts_are_as_many_as_the_numbers_of_lora() -> None:
+    at = lesson()
+    theirs, ours = (students.PARTED[name](at, 1e-2).numbers for name in ("LoRA of rank 1", "parts of vectors"))
+    assert 0.5 * theirs < ours <= theirs == 8 + 12 + 64 + 8 + at.classes.numel()
+
+
+def test_the_steepest_vectors_are_those_that_change_the_loss_most() -> None:
+    at = lesson()
+    at = Lesson(at.base, at.task, [*at.vectors, 0.1 * at.vectors[0]], at.data, at.classes, 0)
+    chosen = students.steepest(at)
+    for name, start in at.base.named_parameters():
+        slopes = []
+        for vector in at.vectors:
+            moved = dict(at.base.named_parameters()) | {name: start + 1e-2 * vector.tensors[name]}
+            f = cosine(at.classes)(torch.func.functional_call(at.base, moved, (at.data[0],)))
+            slopes.append(float(F.cross_entropy(f, at.data[1])))
+        change = (torch.tensor(slopes) - float(F.cross_entropy(at.scores(at.base, at.data), at.data[1]))).abs()
+        assert {i for i, vector in enumerate(chosen) if name in vector.tensors} == set(change.topk(2).indices.tolist())
+
+
+def test_images_of_a_lesson_have_all_classes() -> None:
+    at = setting()
+    assert students.few(at, "one", 2, 0)[1].bincount().tolist() == [2, 2, 2]
+    x, y = students.few(at, "one", 2, 0)
+    with pytest.raises(ValueError, match="got images of 2 classes, expected all 3 of one"):
+        Lesson.of(at.base, at.tasks[0], at.vectors, (x[y < 2], y[y < 2]), 0)
+
+
+def test_grids_are_resumed_and_means_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, counted = setting(), []
+    monkeypatch.setattr(merging, "given", lambda: (at, kept(at)))
+    monkeypatch.setattr(transfer, "given", lambda: counted.append(1) or at)
+    monkeypatch.setattr(transfer, "TARGETS", ("one",))
+    monkeypatch.setattr(transfer, "OTHERS", ("two",))
+    methods = ["individual vectors", "isotropic", "DARE"]
+    merging.main(["--folder", str(tmp_path), "--cells", "add", "--methods", *methods])
+    found = records.read("merging", tmp_path)
+    assert {(r["method"], r["seed"]) for r in found} == {(m, 0) for m in methods} | {("DARE", 1), ("DARE", 2)}
+    for r in found:
+        if "rows" in r:
+            assert r["value"] == pytest.approx(sum(r["rows"].values()) / 2, abs=0.01)
+    given = ["--folder", str(tmp_path), "--methods", "fipgeo", "LoRA", "--shots", "1", "--seeds", "0", "--tasks", "one"]
+    with pytest.raises(SystemExit):
+        transfer.main([*given, "--cells", "few"])  # no rate is on record yet
+    transfer.main([*given, "--cells", "rate", "few"])
+    text, before = (tmp_path / "transfer.json").read_text(), len(counted)
+    assert {r["method"] for r in json.loads(text)["records"] if r["figure"] == "accuracy"} == {"fipgeo", "LoRA"}
+    transfer.main([*given, "--cells", "rate", "few"])
+    assert len(counted) == before and (tmp_path / "transfer.json").read_text() == text
