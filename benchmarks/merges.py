@@ -20,14 +20,15 @@ from torch.nn import functional as F
 from benchmarks.banks import BACKBONE, FILES, SHARPNESS, TEST, VALIDATION, Images, _prepared, bank, head, images, trunk
 from benchmarks.pretrained import _network, folder
 from fipgeo import Composition, TaskVector
-from fipgeo.atlas import Goal, Loss, dare, isotropise, lines, ties, trim, whiten
-from fipgeo.outputs import Geometry
+from fipgeo.atlas import Goal, dare, isotropise, lines, ties, trim, whiten
 
 Labelled = tuple[Tensor, Tensor]
 SCALES = (0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
 """Scales of a vector that is added, in order."""
 WIDTH = 64
 """Features of the trunk."""
+SHORT = 10
+"""Classes among which cross-entropy is taken where coefficients are solved for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,6 @@ class Task:
     Attributes:
         name: Such as "mnist".
         top: Features `[n, 64]` -> scores `[n, C]`.
-        classes: Of a cosine head, `[C, 64]`; None for another head.
         train: Images that the bank's vector was made of; none for the control.
         validation: For learning coefficients and for every choice.
         test: For the accuracy that is reported.
@@ -45,7 +45,6 @@ class Task:
 
     name: str
     top: Callable[[Tensor], Tensor]
-    classes: Tensor | None
     train: Labelled | None
     validation: Labelled
     test: Labelled
@@ -65,38 +64,19 @@ class Task:
         """The number of classes."""
         return self.top(torch.zeros(1, WIDTH)).shape[1]
 
-    def goal(self, data: Labelled, weight: float = 1.0) -> Goal:
-        """Cross-entropy; where classes outnumber the features these are linearised in place of the scores."""
-        data = data[0].contiguous(), data[1]
-        if self.size <= WIDTH or self.classes is None:
-            return Goal(data, "cross_entropy", weight, forward_fn=self.scores)
-        return Goal(data, above(self.classes), weight, forward_fn=lambda net, batch: net(batch[0]))
+    def goal(self, net: nn.Module, data: Labelled, weight: float = 1.0) -> Goal:
+        """Cross-entropy; among many classes, of the label and those that a network scores highest for each example."""
+        x, y = data[0].contiguous(), data[1]
+        if self.size <= SHORT:
+            return Goal((x, y), weight=weight, forward_fn=self.scores)
+        with torch.no_grad():
+            found = torch.cat([self.scores(net, (part,)) for part in data[0].split(250)])
+        places = found.scatter(1, y[:, None], torch.inf).topk(SHORT, 1).indices  # the label first
 
+        def forward(net: nn.Module, batch: Any) -> Tensor:
+            return self.scores(net, batch).gather(1, batch[2])
 
-@dataclass(frozen=True)
-class _Above(Geometry):
-    """The geometry of the scores under a head, on the features below it.
-
-    At every point a linear map with the metric of the scores, in as many rows as there are features.
-    """
-
-    classes: Tensor
-
-    def embed(self, outputs: Tensor) -> Tensor:
-        point = outputs.detach()
-        size, unit = point.norm(dim=1)[:, None, None], F.normalize(point, dim=1)
-        p = cosine(self.classes)(point).softmax(1)
-        rows = self.classes - (unit @ self.classes.T)[:, :, None] * unit[:, None]  # [n, C, 64], without the head's scale
-        rows = p.sqrt()[:, :, None] * (rows - (p[:, None] @ rows)) * SHARPNESS / size
-        gram = rows.double().mT @ rows.double()
-        little = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
-        root = torch.linalg.cholesky(gram + little[:, None, None] * torch.eye(len(gram[0]), dtype=gram.dtype))
-        return (root.mT.to(outputs) @ outputs[:, :, None]).squeeze(2)
-
-
-def above(classes: Tensor) -> Loss:
-    """Cross-entropy under a head as a loss of features, in the metric of the scores."""
-    return Loss(lambda f, y: F.cross_entropy(cosine(classes)(f), y, reduction="none"), _Above(classes))
+        return Goal((x, torch.zeros_like(y), places), weight=weight, forward_fn=forward)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +120,7 @@ def setting(names: Sequence[str] = tuple(FILES)) -> Setting:
 def _task(base: nn.Module, task: Images) -> Task:
     classes = head(base, *task.train)
     parts = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in (task.train, task.validation, task.test)]
-    return Task(task.name, cosine(classes), classes, *parts)
+    return Task(task.name, cosine(classes), *parts)
 
 
 def cosine(classes: Tensor) -> Callable[[Tensor], Tensor]:
@@ -159,7 +139,7 @@ def control() -> Task:
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     first, second = order[:VALIDATION], order[VALIDATION : VALIDATION + TEST]
     parts = [(_prepared(x[i], norm).contiguous(memory_format=torch.channels_last), y[i]) for i in (first, second)]
-    return Task("cifar10", lambda features: features @ weight.T + bias, None, None, *parts)
+    return Task("cifar10", lambda features: features @ weight.T + bias, None, *parts)
 
 
 def scaled(at: Setting, candidates: Mapping[str, TaskVector]) -> tuple[nn.Module, str]:

@@ -5,8 +5,9 @@
     python -m benchmarks.merging --cells negate --tasks mnist eurosat --methods fipgeo AdamW
     python -m benchmarks.merging --plan
 
-The bank is that of `benchmarks.banks`. "add": all its tasks at once, each under its own head, the mean of the accuracies
-on test images. Every rule sees what it was published with, and chooses on validation images, which no vector was made of:
+The bank is that of `benchmarks.banks`. "add": all its tasks at once, each under its own head, and the mean of their
+accuracies on test images. Every rule sees what it was published with, and chooses on validation images, which no vector
+was made of:
 
     individual vectors  each task by the network that its own vector gives (not one network)
     isotropic           the sum of all vectors, its scale by validation
@@ -14,14 +15,14 @@ on test images. Every rule sees what it was published with, and chooses on valid
     TSV, Iso-C, LiNeS   scale or scales by validation
     AdaMerging          a coefficient for each vector and tensor from 0.3, by the entropy of predictions on validation
                         images without labels (Adam 0.001, 500 steps of 16 images a task); "on test" on test images
-    AdamW               the published recipe of aTLAS: labels of validation images, from 0, AdamW 0.001 with weight decay
-                        0.1, 20 epochs of 16 images a task in a step
+    AdamW               the published recipe of aTLAS: labels of validation images, from 0, AdamW 0.001 with weight
+                        decay 0.1, 20 epochs of 16 images a task in a step
     fipgeo              the same coefficients and labels by `fipgeo.atlas.fit_`
 
-"negate": the network forgets a task and keeps 95 % of its accuracy on CIFAR-10, under the head that it was trained with.
-Vectors are taken back by the largest scale that keeps this on control images of validation; AdamW (gradient ascent on
-the target as published, 64 images of each in a step) by its best step, and `fipgeo.atlas.forget_` as it is. Accuracies
-are on test images, by which nothing is chosen.
+"negate": the network forgets a task and keeps 95 % of its accuracy on CIFAR-10, under the head that it was trained
+with. Vectors are taken back by the scale that leaves least of the target and keeps this on control images of validation;
+AdamW (gradient ascent on the target as published, 64 images of each in a step) by its best step, and
+`fipgeo.atlas.forget_` as it is. Accuracies are on test images, by which nothing is chosen.
 
 Records go to benchmarks/results/merging.json, cell by cell; what is there is not measured again without --again.
 """

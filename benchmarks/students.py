@@ -33,6 +33,7 @@ class Student(nn.Module):
         self.body, self.classes = body, nn.Parameter(classes.clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        """The scores."""
         return cosine(self.classes)(self.body(x))
 
 
@@ -168,7 +169,7 @@ def steepest(at: Lesson) -> list[TaskVector]:
     assert slopes is not None
     chosen = torch.zeros_like(slopes, dtype=torch.bool).scatter_(0, slopes.abs().topk(BUDGET, 0).indices, True)
     return [
-        vector.select([name for name, kept in zip(model.labels, row.tolist(), strict=True) if kept])
+        TaskVector({n: vector.tensors[n] for n, kept in zip(model.labels, row.tolist(), strict=True) if kept})
         for vector, row in zip(at.vectors, chosen, strict=True)
     ]
 

@@ -6,15 +6,15 @@
     python -m benchmarks.transfer --cells parts
     python -m benchmarks.transfer --plan
 
-"rate": the learning rate of each baseline, and the ridge of `fipgeo.atlas.fit_`, by accuracy on validation images of tasks
-that are no targets, learned from two images of each class. "few": k images of each class of a target whose own vector
-is left out; every method starts from the head that those images make (`benchmarks.banks.head`). Baselines take 60 steps
-of AdamW with a cosine, on all weights and the head (full fine-tuning), on the head (linear probe), or on low-rank
-additions to all kernels and the head (LoRA, rank 16). "fipgeo" learns a coefficient for each of the other tasks' vectors
-and each tensor, and leaves the head as it is. "select": the same with two vectors for each tensor, chosen by leverage
-(`fipgeo.atlas.choose_vectors`) or by the gradient of each block. "parts": 1 % or 5 % of a target's training file; vectors
-cut into random parts, so many that coefficients are as many as the numbers of LoRA of rank 1, both by AdamW. Accuracies
-are on test images, by which nothing is chosen.
+"rate": the learning rate of each baseline, and the ridge of `fipgeo.atlas.fit_`, by accuracy on validation images of
+tasks that are no targets, learned from two images of each class. "few": k images of each class of a target whose own
+vector is left out; every method starts from the head that those images make (`benchmarks.banks.head`). Baselines take
+60 steps of AdamW with a cosine, on all weights and the head (full fine-tuning), on the head (linear probe), or on
+low-rank additions to all kernels and the head (LoRA, rank 16). "fipgeo" learns a coefficient for each of the other
+tasks' vectors and each tensor, and leaves the head as it is. "select": the same with two vectors for each tensor, chosen
+by leverage (`fipgeo.atlas.choose_vectors`) or by the gradient of each block. "parts": 1 % or 5 % of a target's training
+file; vectors cut into random parts, so many that coefficients are as many as the numbers of LoRA of rank 1, both by
+AdamW. Accuracies are on test images, by which nothing is chosen.
 
 Records go to benchmarks/results/transfer.json, cell by cell; what is there is not measured again without --again.
 """
@@ -124,7 +124,7 @@ def lesson(name: str, data: Labelled, seed: int) -> Lesson:
 
 
 def rate(method: str) -> Record:
-    """The learning rate, or the ridge, with the best mean accuracy on validation images of tasks that are no targets."""
+    """The learning rate, or ridge, with the best mean accuracy on validation images of tasks that are no targets."""
     learn, found = (METHODS | PARTED)[method], {}
     for value in RATES[method]:
         rows = []
@@ -154,7 +154,13 @@ def measured(
     at = lesson(name, data, seed)
     net = learn(at, rates.get(rated, 0.0))
     value = round(at.accuracy(net, at.task.test), 2)
-    return {"figure": "accuracy", "value": value, "unit": "%", "images": len(data[1]), "numbers": getattr(net, "numbers", 0)}
+    return {
+        "figure": "accuracy",
+        "value": value,
+        "unit": "%",
+        "images": len(data[1]),
+        "numbers": getattr(net, "numbers", 0),
+    }
 
 
 if __name__ == "__main__":
