@@ -31,8 +31,9 @@ def by_adamw(at: Setting, seed: int, *, epochs: int = 20, size: int = 16) -> Mer
 
 
 def by_entropy(at: Setting, seed: int, *, part: str = "validation", steps: int = 500, size: int = 16) -> Merged:
-    """Layer-wise AdaMerging: the entropy of predictions on inputs without labels, from 0.3, the last step."""
-    draws, model = torch.Generator().manual_seed(seed), Composition(at.base, at.vectors, start=0.3).eval()
+    """Layer-wise AdaMerging: the entropy of predictions on inputs without labels, from the tuned common scale."""
+    start = float(at.isotropic[1].rpartition(" ")[2])
+    draws, model = torch.Generator().manual_seed(seed), Composition(at.base, at.vectors, start=start).eval()
     terms = [(uncertain(task), shuffled(*getattr(task, part), size, draws)) for task in at.tasks]
 
     def clamp(_: int) -> None:

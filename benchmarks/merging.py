@@ -13,15 +13,16 @@ was made of:
     isotropic           the sum of all vectors, its scale by validation
     TIES, DARE          share kept or dropped, and scale, by validation
     TSV, Iso-C, LiNeS   scale or scales by validation
-    AdaMerging          a coefficient for each vector and tensor from 0.3, by the entropy of predictions on validation
-                        images without labels (Adam 0.001, 500 steps of 16 images a task); "on test" on test images
+    AdaMerging          a coefficient for each vector and tensor, by the entropy of predictions on validation images
+                        without labels (Adam 0.001, 500 steps of 16 images a task) from the scale of "isotropic", since
+                        the published start of 0.3 breaks this network; "on test" by that on test images
     AdamW               the published recipe of aTLAS: labels of validation images, from 0, AdamW 0.001 with weight
                         decay 0.1, 20 epochs of 16 images a task in a step
     fipgeo              the same coefficients and labels by `fipgeo.atlas.fit_`
 
 "negate": the network forgets a task and keeps 95 % of its accuracy on CIFAR-10, under the head that it was trained
-with. Vectors are taken back by the scale that leaves least of the target and keeps this on control images of validation;
-AdamW (gradient ascent on the target as published, 64 images of each in a step) by its best step, and
+with. Vectors are taken back by the scale that leaves least of the target and keeps this on control images of
+validation; AdamW (gradient ascent on the target as published, 64 images of each in a step) by its best step, and
 `fipgeo.atlas.forget_` as it is. Accuracies are on test images, by which nothing is chosen.
 
 Records go to benchmarks/results/merging.json, cell by cell; what is there is not measured again without --again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,7 @@ from benchmarks.banks import BACKBONE, FILES, VALIDATION, _prepared, _read, head
 from benchmarks.merges import Labelled, Setting, Task, cosine, shuffled
 from benchmarks.pretrained import _network
 from fipgeo import Composition, TaskVector
-from fipgeo.atlas import Goal, Partitions, choose_vectors, fit_
+from fipgeo.atlas import Partitions, choose_vectors, fit_
 
 STEPS, BATCH = 60, 64
 BUDGET = 2
@@ -146,7 +146,8 @@ def adapted(at: Lesson, rate: float, rank: int = 16, steps: int = STEPS) -> nn.M
 def solved(at: Lesson, ridge: float, vectors: Sequence[TaskVector] | None = None) -> nn.Module:
     """Coefficients of the other tasks' vectors; the head stays."""
     model = Composition(at.base, at.vectors if vectors is None else vectors).eval()
-    fit_(model, Goal(at.data, forward_fn=at.scores), ridge=ridge, damping=DAMPING, steps=10)
+    task = replace(at.task, top=cosine(at.classes))
+    fit_(model, task.goal(at.base, at.data), ridge=ridge, damping=DAMPING, steps=6)
     return _under(model, at)
 
 
