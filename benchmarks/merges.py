@@ -158,10 +158,18 @@ def scaled(at: Setting, candidates: Mapping[str, TaskVector]) -> tuple[nn.Module
     return chosen, name
 
 
+def shares(vectors: Sequence[TaskVector]) -> list[TaskVector]:
+    """Vectors whose tensors that are no matrices are divided by how many there are.
+
+    Their sum adds matrices and averages other tensors, as the published merges by singular vectors do.
+    """
+    return [v.map(lambda _, tensor: tensor if tensor.dim() > 1 else tensor / len(vectors)) for v in vectors]
+
+
 def summed(vectors: Sequence[TaskVector]) -> TaskVector:
-    """Matrices are added and other tensors averaged, as in the published merges by singular vectors."""
-    total = sum(vectors[1:], vectors[0])
-    return total.map(lambda _, tensor: tensor if tensor.dim() > 1 else tensor / len(vectors))
+    """The sum of shares."""
+    first, *rest = shares(vectors)
+    return sum(rest, first)
 
 
 def depth(name: str) -> int | None:

@@ -18,7 +18,7 @@ was made of:
                         the published start of 0.3 breaks this network; "on test" by that on test images
     AdamW               the published recipe of aTLAS: labels of validation images, from 0, AdamW 0.001 with weight
                         decay 0.1, 20 epochs of 16 images a task in a step
-    fipgeo              the same coefficients and labels by `fipgeo.atlas.fit_`
+    fipgeo              the same labels by `fipgeo.atlas.fit_`, from the merge of Iso-C over its vectors
 
 "negate": the network forgets a task and keeps 95 % of its accuracy on CIFAR-10, under the head that it was trained
 with. Vectors are taken back by the scale that leaves least of the target and keeps this on control images of

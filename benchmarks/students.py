@@ -151,6 +151,13 @@ def solved(at: Lesson, ridge: float, vectors: Sequence[TaskVector] | None = None
     return _under(model, at)
 
 
+def solved_and_tuned(at: Lesson, ridge: float) -> nn.Module:
+    """The same, and then all weights and the head from there, at the rate that full fine-tuning got."""
+    found = solved(at, ridge)
+    assert isinstance(found, Student)
+    return trained(Student(found.body, at.classes), at, TUNED)
+
+
 def parted(at: Lesson, rate: float) -> nn.Module:
     """As many coefficients of random parts of the vectors as LoRA of rank 1 has numbers, and the head, by AdamW."""
     kernels = [module.weight for module in at.base.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -183,12 +190,15 @@ def _under(model: Composition, at: Lesson) -> nn.Module:
 
 DAMPING = 100.0
 """Of the first step; it falls from there."""
+TUNED = 1e-3
+"""The rate that was chosen for full fine-tuning."""
 METHODS: dict[str, Callable[[Lesson, float], nn.Module]] = {
     "head of the images": lambda at, _: Student(at.base, at.classes),
     "full fine-tuning": tuned,
     "linear probe": probed,
     "LoRA": adapted,
     "fipgeo": solved,
+    "fipgeo, then fine-tuning": solved_and_tuned,
 }
 SELECTED: dict[str, Callable[[Lesson, float], nn.Module]] = {
     "by leverage": lambda at, ridge: solved(

@@ -11,10 +11,11 @@ tasks that are no targets, learned from two images of each class. "few": k image
 vector is left out; every method starts from the head that those images make (`benchmarks.banks.head`). Baselines take
 60 steps of AdamW with a cosine, on all weights and the head (full fine-tuning), on the head (linear probe), or on
 low-rank additions to all kernels and the head (LoRA, rank 16). "fipgeo" learns a coefficient for each of the other
-tasks' vectors and each tensor, and leaves the head as it is. "select": the same with two vectors for each tensor,
-chosen by leverage (`fipgeo.atlas.choose_vectors`) or by the gradient of each block. "parts": 1 % or 5 % of a target's
-training file; vectors cut into random parts, so many that coefficients are as many as the numbers of LoRA of rank 1,
-both by AdamW. Accuracies are on test images, by which nothing is chosen.
+tasks' vectors and each tensor, and leaves the head as it is; "then fine-tuning" goes on from there with all weights, at
+the rate of full fine-tuning. "select": coefficients with two vectors for each tensor, chosen by leverage
+(`fipgeo.atlas.choose_vectors`) or by the gradient of each block. "parts": 1 % or 5 % of a target's training file;
+vectors cut into random parts, so many that coefficients are as many as the numbers of LoRA of rank 1, both by AdamW.
+Accuracies are on test images, by which nothing is chosen.
 
 Records go to benchmarks/results/transfer.json, cell by cell; what is there is not measured again without --again.
 """
@@ -96,7 +97,8 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, int, Callable[[]
         for count in args.shots if "few" in args.cells else ():
             for task in args.tasks:
                 for method in wanted(METHODS):
-                    run = partial(measured, METHODS[method], method, task, seed, args.folder, count=count)
+                    rated = method.split(",")[0]
+                    run = partial(measured, METHODS[method], rated, task, seed, args.folder, count=count)
                     yield f"few/{task}/k={count}", method, seed, run
         for task in args.tasks if "select" in args.cells else ():
             for method in wanted(SELECTED):
