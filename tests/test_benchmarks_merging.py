@@ -70,19 +70,30 @@ def test_of_many_classes_the_likeliest_and_the_label_are_told_apart(monkeypatch:
             assert torch.allclose(found[n], kept.logsumexp(0) - scores[n, y[n]])
 
 
+class Told:
+    """In the place of a task: what its accuracy is said to be at a network's one weight."""
+
+    name, validation = "told", None
+
+    def __init__(self, **table: float) -> None:
+        self.table = {float(scale.replace("_", ".")[1:]): value for scale, value in table.items()}
+
+    def accuracy(self, net: nn.Module, data: object) -> float:
+        return self.table[round(abs(float(net.weight.detach())), 3)]  # type: ignore[arg-type, operator]
+
+
+def line() -> tuple[nn.Module, TaskVector]:
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(net.weight)
+    return net, TaskVector({"weight": torch.ones(1, 1)})
+
+
 def test_the_scale_is_the_best_on_validation_until_accuracy_falls_twice() -> None:
-    at = setting()
-    net, name = merges.scaled(at, {"all": at.whole, "none": 0.0 * at.whole})
-    tried, falls, top = {}, 0, -1.0
-    for scale in merges.SCALES:
-        value = at.validated(at.whole.apply_to(at.base, scale))
-        tried[scale] = value
-        falls, top = (0, value) if value > top else (falls + 1, top)
-        if falls == 2:
-            break
-    best = max(tried, key=lambda scale: tried[scale])
-    assert name == f"all scale {best}"
-    assert at.validated(net) == tried[best] > at.validated(at.base)
+    net, vector = line()
+    told = Told(c0_025=1, c0_05=3, c0_1=2, c0_2=4, c0_3=3, c0_4=3, c0_5=9)
+    at = Setting(net, [told], [vector])  # type: ignore[list-item]
+    found, name = merges.scaled(at, {"all": vector})
+    assert name == "all scale 0.2" and found.weight.item() == pytest.approx(0.2)  # type: ignore[operator]
 
 
 def test_merges_by_singular_vectors_average_what_is_no_matrix() -> None:
@@ -129,19 +140,21 @@ def test_what_forgets_keeps_the_floor_on_validation(name: str) -> None:
 
 
 def test_a_vector_is_taken_back_as_far_as_the_floor_allows() -> None:
+    net, vector = line()
+    steps = dict(c0=100, c0_025=99, c0_05=99, c0_1=99, c0_2=98, c0_3=97, c0_4=96, c0_5=95)
+    control = Told(**steps, c0_6=95, c0_8=94, c0_7=95)
+    target = Told(**dict.fromkeys(steps, 60.0), c0_6=40, c0_7=30, c0_8=10)
+    at = Setting(net, [target], [vector])  # type: ignore[list-item]
+    found, name = learned.taken_back(at, 0, control, {"": vector})  # type: ignore[arg-type]
+    assert name == "scale 0.7" and found.weight.item() == pytest.approx(-0.7)  # type: ignore[operator]
+
+
+def test_ascent_takes_the_best_look_above_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     at = setting()
-    control, vector = kept(at), 4.0 * setting().vectors[0]
-    net, name = learned.taken_back(at, 0, control, {"": vector})
-    scale = float(name.split()[-1])
-    floor = learned.FLOOR * control.accuracy(at.base, control.validation)
-    allowed = []
-    for tried in merges.SCALES:
-        if control.accuracy(vector.apply_to(at.base, -tried), control.validation) < floor:
-            break
-        allowed.append(tried)
-    assert allowed and scale <= merges.SCALES[len(allowed)]
-    least = min(at.tasks[0].accuracy(vector.apply_to(at.base, -s), at.tasks[0].validation) for s in allowed)
-    assert at.tasks[0].accuracy(net, at.tasks[0].validation) <= least
+    control = kept(at)
+    said = {"kept": iter([100, 96, 90, 95, 80, 80]), "one": iter([60, 50, 10, 40, 5, 5])}
+    monkeypatch.setattr(Task, "accuracy", lambda task, net, data: next(said[task.name]))
+    assert learned.by_ascent(at, 0, control, 0)[1] == "30 steps"
 
 
 def lesson() -> Lesson:
