@@ -11,8 +11,9 @@ tasks that are no targets, learned from two images of each class. "few": k image
 vector is left out; every method starts from the head that those images make (`benchmarks.banks.head`). Baselines take
 60 steps of AdamW with a cosine, on all weights and the head (full fine-tuning), on the head (linear probe), or on
 low-rank additions to all kernels and the head (LoRA, rank 16). "fipgeo" learns a coefficient for each of the other
-tasks' vectors and each tensor, and leaves the head as it is; "then fine-tuning" goes on from there with all weights, at
-the rate of full fine-tuning. "select": coefficients with two vectors for each tensor, chosen by leverage
+tasks' vectors and each tensor, and leaves the head as it is; with "moving head" coefficients are learned by AdamW under
+the head that the images have at them, and "then fine-tuning" goes on from there with all weights, at the rate of full
+fine-tuning. "select": coefficients with two vectors for each tensor, chosen by leverage
 (`fipgeo.atlas.choose_vectors`) or by the gradient of each block. "parts": 1 % or 5 % of a target's training file;
 vectors cut into random parts, so many that coefficients are as many as the numbers of LoRA of rank 1, both by AdamW.
 Accuracies are on test images, by which nothing is chosen.
