@@ -46,7 +46,8 @@ def by_entropy(at: Setting, seed: int, *, part: str = "validation", steps: int =
     """Layer-wise AdaMerging: the entropy of predictions on inputs without labels, from the tuned common scale."""
     start = float(at.isotropic[1].rpartition(" ")[2])
     draws, model = torch.Generator().manual_seed(seed), Composition(at.base, at.vectors, start=start).eval()
-    terms = [(uncertain(task), shuffled(*getattr(task, part), size, draws)) for task in at.tasks]
+    images = [task.test if part == "test" else task.validation for task in at.tasks]
+    terms = [(uncertain(task), shuffled(x, y, size, draws)) for task, (x, y) in zip(at.tasks, images, strict=True)]
 
     def clamp(_: int) -> None:
         with torch.no_grad():

@@ -178,7 +178,8 @@ def test_students_start_from_one_head_and_learn_what_they_may() -> None:
 
 def test_coefficients_of_parts_are_as_many_as_the_numbers_of_lora() -> None:
     at = lesson()
-    theirs, ours = (students.PARTED[name](at, 1e-2).numbers for name in ("LoRA of rank 1", "parts of vectors"))
+    found = (students.PARTED[name](at, 1e-2).numbers for name in ("LoRA of rank 1", "parts of vectors"))
+    theirs, ours = (int(number) for number in found)  # type: ignore[arg-type]
     assert 0.5 * theirs < ours <= theirs == 8 + 12 + 64 + 8 + at.classes.numel()
 
 
