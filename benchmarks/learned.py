@@ -1,0 +1,161 @@
+"""Rules that learn coefficients, and rules that take a vector back, for `benchmarks.merging`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from benchmarks.merges import (
+    SCALES,
+    Setting,
+    Task,
+    descended,
+    scaled,
+    shares,
+    shuffled,
+    summed,
+    supervised,
+    trims,
+    uncertain,
+)
+from fipgeo import Composition, TaskVector
+from fipgeo.atlas import Goal, fit_, forget_, isotropise
+
+Merged = tuple[nn.Module, str]
+FLOOR = 0.95
+"""Share of the control's accuracy that must be left."""
+LOOK = 10
+"""Steps between two looks at the control."""
+DAMPING = 10.0
+"""Of the solver's first step, in mean eigenvalues of the metric; it falls from there as long as that helps."""
+
+
+def by_adamw(at: Setting, seed: int, *, epochs: int = 20, size: int = 16) -> Merged:
+    """The published recipe of aTLAS: labels of validation images, from 0, the last step."""
+    draws, model = torch.Generator().manual_seed(seed), Composition(at.base, at.vectors).eval()
+    terms = [(supervised(task), shuffled(*task.validation, size, draws)) for task in at.tasks]
+    steps = epochs * (len(at.tasks[0].validation[0]) // size)
+    descended(model, terms, steps, torch.optim.AdamW([model.coefficients], lr=1e-3, weight_decay=0.1))
+    return model.merge(), f"{steps} steps"
+
+
+def by_entropy(at: Setting, seed: int, *, part: str = "validation", steps: int = 500, size: int = 16) -> Merged:
+    """Layer-wise AdaMerging: the entropy of predictions on inputs without labels, from the tuned common scale."""
+    start = float(at.isotropic[1].rpartition(" ")[2])
+    draws, model = torch.Generator().manual_seed(seed), Composition(at.base, at.vectors, start=start).eval()
+    images = [task.test if part == "test" else task.validation for task in at.tasks]
+    terms = [(uncertain(task), shuffled(x, y, size, draws)) for task, (x, y) in zip(at.tasks, images, strict=True)]
+
+    def clamp(_: int) -> None:
+        with torch.no_grad():
+            model.coefficients.clamp_(0.0, 1.0)
+
+    descended(model, terms, steps, torch.optim.Adam([model.coefficients], lr=1e-3), after=clamp)
+    return model.merge(), f"{steps} steps"
+
+
+def by_ours(at: Setting, seed: int, *, ridge: float = 0.03, steps: int = 1) -> Merged:
+    """The same labels, solved for in the metric: from the tuned Iso-C merge, over its vectors.
+
+    The ridge draws coefficients to that merge, which is the best of the rules without gradients on validation images;
+    its weight was not tuned, and a second step finds next to nothing.
+    """
+    del seed
+    vectors = isotropise(at.vectors)
+    start, name = scaled(at, {"": summed(vectors)})
+    model, damping = Composition(start, shares(vectors)).eval(), DAMPING
+    for _ in range(steps):
+        net = model.merge()
+        goals = [task.goal(net, task.validation, 1 / len(at.tasks)) for task in at.tasks]
+        fit_(model, goals, ridge=ridge, steps=1, damping=damping)
+        damping = 1.0
+    return model.merge(), f"from Iso-C {name} ridge {ridge} {steps} steps"
+
+
+LEARNED: dict[str, Callable[[Setting, int], Merged]] = {
+    "AdaMerging": by_entropy,
+    "AdaMerging on test": partial(by_entropy, part="test"),
+    "AdamW": by_adamw,
+    "fipgeo": by_ours,
+}
+"""Rules with gradients for all tasks at once."""
+
+
+def taken_back(at: Setting, place: int, kept: Task, candidates: dict[str, TaskVector]) -> Merged:
+    """The negative of some vector, at the scale that leaves least of the target and enough of the control.
+
+    Accuracies are on validation images; the scale grows until the control is below the floor, and is halved back once.
+    """
+    target = at.tasks[place]
+    least = FLOOR * kept.accuracy(at.base, kept.validation)
+    best, chosen, name = target.accuracy(at.base, target.validation), at.base, "scale 0"
+    for label, vector in candidates.items():
+        before, tried = 0.0, list(SCALES)
+        while tried:
+            scale = tried.pop(0)
+            net = vector.apply_to(at.base, -scale)
+            if kept.accuracy(net, kept.validation) < least:
+                tried = [(before + scale) / 2] if tried and scale in SCALES else []
+                continue
+            before = scale
+            found = target.accuracy(net, target.validation)
+            if found < best:
+                best, chosen, name = found, net, f"{label} scale {scale:g}".strip()
+            if scale not in SCALES:
+                break
+    return chosen, name
+
+
+def by_ascent(at: Setting, place: int, kept: Task, seed: int, *, steps: int = 120, size: int = 64) -> Merged:
+    """The published recipe: cross-entropy of the control less that of the target, by AdamW from 0.
+
+    The best of the looks at validation images, one every ten steps: least of the target with the control above the
+    floor. A run ends at the second look in a row that finds the control below it.
+    """
+    target, draws = at.tasks[place], torch.Generator().manual_seed(seed)
+    model = Composition(at.base, at.vectors).eval()
+    least = FLOOR * kept.accuracy(at.base, kept.validation)
+    best, chosen, name, below = target.accuracy(at.base, target.validation), at.base, "0 steps", 0
+    terms = [
+        (supervised(task, weight), shuffled(*task.validation, size, draws))
+        for task, weight in ((target, -1), (kept, 1))
+    ]
+    optimizer = torch.optim.AdamW([model.coefficients], lr=1e-2, weight_decay=0.1)
+    for done in range(LOOK, steps + 1, LOOK):
+        descended(model, terms, LOOK, optimizer)
+        net = model.merge()
+        below = below + 1 if kept.accuracy(net, kept.validation) < least else 0
+        found = target.accuracy(net, target.validation)
+        if not below and found < best:
+            best, chosen, name = found, net, f"{done} steps"
+        if below == 2:
+            break
+    return chosen, name
+
+
+def by_forgetting(at: Setting, place: int, kept: Task, seed: int, *, ridge: float = 1e-2, steps: int = 6) -> Merged:
+    """The solver with the floor, as it is."""
+    del seed
+    model, target = Composition(at.base, at.vectors).eval(), at.tasks[place]
+    away = target.goal(at.base, target.validation)
+    fits = forget_(model, away, Goal(kept.validation, forward_fn=kept.scores), floor=FLOOR, ridge=ridge, steps=steps)
+    return model.merge(), f"ridge {ridge} {len(fits)} steps"
+
+
+def _by_rule(rule: str) -> Callable[[Setting, int, Task, int], Merged]:
+    def run(at: Setting, place: int, kept: Task, seed: int) -> Merged:
+        return taken_back(at, place, kept, trims(at.vectors[place], at.vectors, place, seed)[rule])
+
+    return run
+
+
+NEGATED: dict[str, Callable[[Setting, int, Task, int], Merged]] = {
+    "pretrained": lambda at, place, kept, seed: (at.base, ""),
+    **{rule: _by_rule(rule) for rule in ("isotropic", "TIES", "DARE", "TSV", "Iso-C")},
+    "AdamW": by_ascent,
+    "fipgeo": by_forgetting,
+}
+"""Rules that forget one task."""

@@ -1,0 +1,276 @@
+"""Ways to make one network of a bank of task vectors, each by its own rule, for `benchmarks.merging`.
+
+Choices are made on validation images, which no vector was made of; scales on a grid. Nothing looks at labels of test
+images.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.banks import BACKBONE, FILES, SHARPNESS, TEST, VALIDATION, Images, _prepared, bank, head, images, trunk
+from benchmarks.pretrained import _network, folder
+from fipgeo import Composition, TaskVector
+from fipgeo.atlas import Goal, dare, isotropise, lines, ties, trim, whiten
+
+Labelled = tuple[Tensor, Tensor]
+SCALES = (0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
+"""Scales of a vector that is added, in order."""
+WIDTH = 64
+"""Features of the trunk."""
+SHORT = 10
+"""Classes among which cross-entropy is taken where coefficients are solved for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Labelled images under a head that is not trained.
+
+    Attributes:
+        name: Such as "mnist".
+        top: Features `[n, 64]` -> scores `[n, C]`.
+        train: Images that the bank's vector was made of; none for the control.
+        validation: For learning coefficients and for every choice.
+        test: For the accuracy that is reported.
+    """
+
+    name: str
+    top: Callable[[Tensor], Tensor]
+    train: Labelled | None
+    validation: Labelled
+    test: Labelled
+
+    def scores(self, net: nn.Module, batch: Any) -> Tensor:
+        """What the task makes of a batch of a network that gives features."""
+        return self.top(net(batch[0]))
+
+    @torch.no_grad()
+    def accuracy(self, net: nn.Module, data: Labelled) -> float:
+        """Per cent of images whose best score is their label's."""
+        found = torch.cat([self.scores(net, (part,)).argmax(1) for part in data[0].split(250)])
+        return 100 * float(found.eq(data[1]).double().mean())
+
+    @property
+    def size(self) -> int:
+        """The number of classes."""
+        return self.top(torch.zeros(1, WIDTH)).shape[1]
+
+    def goal(self, net: nn.Module, data: Labelled, weight: float = 1.0) -> Goal:
+        """Cross-entropy; among many classes, of the label and those that a network scores highest for each example."""
+        x, y = data[0].contiguous(), data[1]
+        if self.size <= SHORT:
+            return Goal((x, y), weight=weight, forward_fn=self.scores)
+        with torch.no_grad():
+            found = torch.cat([self.scores(net, (part,)) for part in data[0].split(250)])
+        places = found.scatter(1, y[:, None], torch.inf).topk(SHORT, 1).indices  # the label first
+
+        def forward(net: nn.Module, batch: Any) -> Tensor:
+            return self.scores(net, batch).gather(1, batch[2])
+
+        return Goal((x, torch.zeros_like(y), places), weight=weight, forward_fn=forward)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A pretrained trunk, tasks, and the vector of each."""
+
+    base: nn.Module
+    tasks: Sequence[Task]
+    vectors: Sequence[TaskVector]
+
+    @cached_property
+    def whole(self) -> TaskVector:
+        """The sum of all vectors."""
+        return sum(self.vectors[1:], self.vectors[0])
+
+    @cached_property
+    def isotropic(self) -> tuple[nn.Module, str]:
+        """The sum of all vectors at the scale that validation chooses."""
+        return scaled(self, {"": self.whole})
+
+    def only(self, index: int) -> Setting:
+        """One task with its own vector."""
+        return Setting(self.base, [self.tasks[index]], [self.vectors[index]])
+
+    def rows(self, net: nn.Module, part: str) -> dict[str, float]:
+        """Accuracy of each task on its "validation" or "test" images."""
+        return {task.name: round(task.accuracy(net, getattr(task, part)), 2) for task in self.tasks}
+
+    def validated(self, net: nn.Module) -> float:
+        """Mean accuracy on validation images."""
+        return statistics.fmean(self.rows(net, "validation").values())
+
+
+def setting(names: Sequence[str] = tuple(FILES)) -> Setting:
+    """The tasks of the bank, with pretrained network and vectors."""
+    base = trunk().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    sets = [images(name) for name in names]
+    return Setting(base, [_task(base, task) for task in sets], list(bank(sets).values()))
+
+
+def _task(base: nn.Module, task: Images) -> Task:
+    classes = head(base, *task.train)
+    parts = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in (task.train, task.validation, task.test)]
+    return Task(task.name, cosine(classes), *parts)
+
+
+def cosine(classes: Tensor) -> Callable[[Tensor], Tensor]:
+    """The head of the bank's tasks."""
+    return lambda features: SHARPNESS * F.normalize(features, dim=1) @ classes.T
+
+
+def control() -> Task:
+    """CIFAR-10 under the head of the pretrained network; images that it was not trained on, for choices too."""
+    net, _, norm = _network(BACKBONE)
+    last = net.linear
+    assert isinstance(last, nn.Linear)
+    weight, bias = last.weight.detach(), last.bias.detach()
+    with np.load(folder() / "images" / "cifar10_test.npz") as archive:
+        x, y = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"]).long()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    first, second = order[:VALIDATION], order[VALIDATION : VALIDATION + TEST]
+    parts = [(_prepared(x[i], norm).contiguous(memory_format=torch.channels_last), y[i]) for i in (first, second)]
+    return Task("cifar10", lambda features: features @ weight.T + bias, None, *parts)
+
+
+def scaled(at: Setting, candidates: Mapping[str, TaskVector]) -> tuple[nn.Module, str]:
+    """The best of some vectors and scales by mean accuracy on validation images; no scale is tried after two falls."""
+    best, chosen, name = -1.0, at.base, ""
+    for label, vector in candidates.items():
+        top, falls = -1.0, 0
+        for scale in SCALES:
+            net = vector.apply_to(at.base, scale)
+            found = at.validated(net)
+            if found > best:
+                best, chosen, name = found, net, f"{label} scale {scale}".strip()
+            top, falls = (found, 0) if found > top else (top, falls + 1)
+            if falls == 2:
+                break
+    return chosen, name
+
+
+def shares(vectors: Sequence[TaskVector]) -> list[TaskVector]:
+    """Vectors whose tensors that are no matrices are divided by how many there are.
+
+    Their sum adds matrices and averages other tensors, as the published merges by singular vectors do.
+    """
+    return [v.map(lambda _, tensor: tensor if tensor.dim() > 1 else tensor / len(vectors)) for v in vectors]
+
+
+def summed(vectors: Sequence[TaskVector]) -> TaskVector:
+    """The sum of shares."""
+    first, *rest = shares(vectors)
+    return sum(rest, first)
+
+
+def depth(name: str) -> int | None:
+    """The number of a residual block of the ResNet-20, counted from 0; None outside of them."""
+    parts = name.split(".")
+    return 3 * (int(parts[0][5:]) - 1) + int(parts[1]) if parts[0].startswith("layer") else None
+
+
+def by_ties(at: Setting, seed: int) -> tuple[nn.Module, str]:
+    """TIES; share of weights kept and scale by validation."""
+    del seed
+    return scaled(at, {f"keep {keep}": ties(at.vectors, keep) for keep in (0.2, 0.5)})
+
+
+def by_dare(at: Setting, seed: int) -> tuple[nn.Module, str]:
+    """DARE; share of weights dropped and scale by validation."""
+    draws = torch.Generator().manual_seed(seed)
+    found = {}
+    for drop in (0.5, 0.9):
+        parts = [dare(vector, drop, generator=draws) for vector in at.vectors]
+        found[f"drop {drop}"] = sum(parts[1:], parts[0])
+    return scaled(at, found)
+
+
+def by_lines(at: Setting, seed: int) -> tuple[nn.Module, str]:
+    """LiNeS on the sum of all vectors: scale of the first layer and growth to the last by validation."""
+    del seed
+    unit = float(at.isotropic[1].rpartition(" ")[2])
+    best, chosen, name = -1.0, at.base, ""
+    for alpha in (0.5 * unit, unit):
+        for beta in (0.0, 0.5 * unit, unit, 2 * unit):
+            net = lines(at.whole, alpha, beta, depth_of=depth).apply_to(at.base)
+            found = at.validated(net)
+            if found > best:
+                best, chosen, name = found, net, f"alpha {alpha:g} beta {beta:g}"
+    return chosen, name
+
+
+ADDED: dict[str, Callable[[Setting, int], tuple[nn.Module, str]]] = {
+    "pretrained": lambda at, _: (at.base, ""),
+    "weight averaging": lambda at, _: (at.whole.apply_to(at.base, 1 / len(at.vectors)), ""),
+    "isotropic": lambda at, _: at.isotropic,
+    "TIES": by_ties,
+    "DARE": by_dare,
+    "TSV": lambda at, _: scaled(at, {"": summed(whiten(at.vectors))}),
+    "Iso-C": lambda at, _: scaled(at, {"": summed(isotropise(at.vectors))}),
+    "LiNeS": by_lines,
+}
+"""Rules without gradients."""
+
+
+def shuffled(x: Tensor, y: Tensor, size: int, draws: torch.Generator) -> Iterator[Labelled]:
+    """Minibatches, epoch after epoch; a smaller one at the end of each is left out unless it is all there is."""
+    while True:
+        for part in torch.randperm(len(x), generator=draws).split(size):
+            if len(part) == min(size, len(x)):
+                yield x[part], y[part]
+
+
+def descended(
+    model: Composition,
+    terms: Sequence[tuple[Callable[..., Tensor], Iterator[Labelled]]],
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    *,
+    after: Callable[[int], None] | None = None,
+) -> None:
+    """Steps on the mean of terms (network, minibatch) -> loss; `after` is called with the number of steps so far."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        with model.once():
+            for loss, stream in terms:
+                (loss(model, next(stream)) / len(terms)).backward()
+        nn.utils.clip_grad_norm_([model.coefficients], 1.0)
+        optimizer.step()
+        if after is not None:
+            after(step + 1)
+
+
+def supervised(task: Task, weight: float = 1.0) -> Callable[..., Tensor]:
+    """(network, minibatch) -> cross-entropy, times a weight."""
+    return lambda net, batch: weight * F.cross_entropy(task.scores(net, batch), batch[1])
+
+
+def uncertain(task: Task) -> Callable[..., Tensor]:
+    """(network, minibatch) -> mean entropy of the predictions; labels are not looked at."""
+
+    def loss(net: nn.Module, batch: Labelled) -> Tensor:
+        logs = task.scores(net, batch).log_softmax(1)
+        return -(logs.exp() * logs).sum(1).mean()
+
+    return loss
+
+
+def trims(vector: TaskVector, vectors: Sequence[TaskVector], place: int, seed: int) -> dict[str, dict[str, TaskVector]]:
+    """One task's vector in the forms of the published rules, to be taken back."""
+    draws = torch.Generator().manual_seed(seed)
+    return {
+        "isotropic": {"": vector},
+        "TIES": {f"keep {keep}": trim(vector, keep) for keep in (0.2, 0.5)},
+        "DARE": {f"drop {drop}": dare(vector, drop, generator=draws) for drop in (0.5, 0.9)},
+        "TSV": {"": whiten(vectors)[place]},
+        "Iso-C": {"": isotropise([vector])[0]},
+    }

@@ -1,0 +1,154 @@
+"""One network for many tasks, and one that forgot a task: learned coefficients beside published ways to merge.
+
+    python -m benchmarks.merging                                all that is not on record yet
+    python -m benchmarks.merging --cells add --seeds 0
+    python -m benchmarks.merging --cells negate --tasks mnist eurosat --methods fipgeo AdamW
+    python -m benchmarks.merging --plan
+
+The bank is that of `benchmarks.banks`. "add": all its tasks at once, each under its own head, and the mean of their
+accuracies on test images. Every rule sees what it was published with, and chooses on validation images, which no vector
+was made of:
+
+    individual vectors  each task by the network that its own vector gives (not one network)
+    isotropic           the sum of all vectors, its scale by validation
+    TIES, DARE          share kept or dropped, and scale, by validation
+    TSV, Iso-C, LiNeS   scale or scales by validation
+    AdaMerging          a coefficient for each vector and tensor, by the entropy of predictions on validation images
+                        without labels (Adam 0.001, 500 steps of 16 images a task) from the scale of "isotropic", since
+                        the published start of 0.3 breaks this network; "on test" by that on test images
+    AdamW               the published recipe of aTLAS: labels of validation images, from 0, AdamW 0.001 with weight
+                        decay 0.1, 20 epochs of 16 images a task in a step
+    fipgeo              the same labels by `fipgeo.atlas.fit_`, from the merge of Iso-C over its vectors
+
+"negate": the network forgets a task and keeps 95 % of its accuracy on CIFAR-10, under the head that it was trained
+with. Vectors are taken back by the scale that leaves least of the target and keeps this on control images of
+validation; AdamW (gradient ascent on the target as published, 64 images of each in a step) by its best step, and
+`fipgeo.atlas.forget_` as it is. Accuracies are on test images, by which nothing is chosen.
+
+Records go to benchmarks/results/merging.json, cell by cell; what is there is not measured again without --again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.banks import FILES
+from benchmarks.learned import LEARNED, NEGATED
+from benchmarks.merges import ADDED, Setting, Task, control, setting
+from benchmarks.records import RESULTS, read, write
+
+DRAWN = {"DARE", "AdaMerging", "AdaMerging on test", "AdamW"}
+"""Methods with a seed of their own."""
+
+Record = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parsed(arguments)
+    torch.set_num_threads(1)
+    begun, failed = time.perf_counter(), 0
+    known = set() if args.again else {(r["case"], r["method"], r["seed"]) for r in read("merging", args.folder)}
+    for case, method, seed, run in cells(args):
+        if (case, method, seed) in known or time.perf_counter() - begun > args.limit:
+            continue
+        if args.plan:
+            print(case, method, f"seed {seed}", sep="  ")
+            continue
+        about = {"case": case, "method": method, "seed": seed}
+        try:
+            spent = time.process_time()
+            found = [about | record for record in run()]
+            seconds = round(time.process_time() - spent, 1)
+        except Exception as error:  # the other cells do not depend on it
+            failed += 1
+            print(f"{case} {method}  {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            continue
+        write("merging", [*found, about | {"figure": "seconds", "value": seconds, "unit": "s"}], args.folder)
+        for r in found:
+            print(f"{case:<16} {method:<22} {r['figure']:<10} {r['value']:>7} {r['unit']} {r}", flush=True)
+    if failed:
+        sys.exit(f"{failed} cells failed")
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", default=["add", "negate"], choices=["add", "negate"])
+    parser.add_argument("--tasks", nargs="+", default=list(FILES), choices=list(FILES), help="to be forgotten")
+    parser.add_argument("--methods", nargs="+", help="such as fipgeo, AdamW, TIES")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--limit", type=float, default=float("inf"), help="no cell begins after so many seconds")
+    parser.add_argument("--again", action="store_true", help="measure what is on record too")
+    parser.add_argument("--plan", action="store_true", help="print the cells and stop")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
+    return parser.parse_args(arguments)
+
+
+def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, int, Callable[[], list[Record]]]]:
+    """Case, method, seed and measurement of each cell; methods without a seed of their own are measured once."""
+
+    def wanted(method: str, seed: int) -> bool:
+        return (not args.methods or method in args.methods) and (seed == args.seeds[0] or method in DRAWN)
+
+    for seed in args.seeds:
+        for method in ("individual vectors", *ADDED, *LEARNED) if "add" in args.cells else ():
+            if wanted(method, seed):
+                yield "add", method, seed, lambda method=method, seed=seed: added(method, seed)
+        for task in args.tasks if "negate" in args.cells else ():
+            for method in NEGATED:
+                if wanted(method, seed):
+                    run = lambda task=task, method=method, seed=seed: negated(task, method, seed)  # noqa: E731
+                    yield f"negate/{task}", method, seed, run
+
+
+@cache
+def given() -> tuple[Setting, Task]:
+    """The bank and the control, made once."""
+    return setting(), control()
+
+
+def added(method: str, seed: int) -> list[Record]:
+    """Accuracy of all tasks on test images."""
+    at, _ = given()
+    if method == "individual vectors":
+        alone = [at.only(place) for place in range(len(at.tasks))]
+        rows = {k: v for one in alone for k, v in one.rows(one.whole.apply_to(one.base), "test").items()}
+        return [accuracy(rows, "scale 1")]
+    net, chosen = (ADDED | LEARNED)[method](at, seed)
+    rule = {"figure": "validation", "value": round(at.validated(net), 2), "unit": "%"}
+    return [accuracy(at.rows(net, "test"), chosen), rule]
+
+
+def accuracy(rows: dict[str, float], chosen: str) -> Record:
+    """The mean over tasks, with what it is made of."""
+    mean = round(statistics.fmean(rows.values()), 2)
+    return {"figure": "accuracy", "value": mean, "unit": "%", "rows": rows, "chosen": chosen}
+
+
+def negated(name: str, method: str, seed: int) -> list[Record]:
+    """What is left of the target and of the control, on test images."""
+    at, kept = given()
+    place = [task.name for task in at.tasks].index(name)
+    net, chosen = NEGATED[method](at, place, kept, seed)
+    return remains(at.base, net, at.tasks[place], kept, chosen)
+
+
+def remains(base: nn.Module, net: nn.Module, target: Task, kept: Task, chosen: str) -> list[Record]:
+    """Accuracies on the target and on the control, and the latter's share of that before."""
+    left, control = target.accuracy(net, target.test), kept.accuracy(net, kept.test)
+    share = 100 * control / kept.accuracy(base, kept.test)
+    found = {"target": left, "control": control, "control kept": share}
+    return [{"figure": n, "value": round(v, 2), "unit": "%", "chosen": chosen} for n, v in found.items()]
+
+
+if __name__ == "__main__":
+    main()

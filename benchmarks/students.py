@@ -1,0 +1,255 @@
+"""Ways to learn a task from few images of it, all from one head, for `benchmarks.transfer`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from benchmarks.anchors import _Added
+from benchmarks.banks import BACKBONE, FILES, SHARPNESS, VALIDATION, _prepared, _read, head
+from benchmarks.merges import Labelled, Setting, Task, cosine, shuffled
+from benchmarks.pretrained import _network
+from fipgeo import Composition, TaskVector
+from fipgeo.atlas import Partitions, choose_vectors, fit_
+
+STEPS, BATCH = 60, 64
+TUNED = 1e-3
+"""The rate that was chosen for full fine-tuning, for what goes on from coefficients."""
+RATE, EPISODES = 0.03, 40
+"""Of coefficients under a moving head; the rate is the one of 0.01, 0.03 and 0.1 from which fine-tuning was best on
+validation images of Fashion-MNIST."""
+BUDGET = 2
+"""Vectors of a tensor where they are chosen."""
+
+
+class Student(nn.Module):
+    """A trunk with a cosine head, both of which may learn."""
+
+    def __init__(self, body: nn.Module, classes: Tensor) -> None:
+        super().__init__()
+        self.body, self.classes = body, nn.Parameter(classes.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The scores."""
+        return cosine(self.classes)(self.body(x))
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """A few images of a task, and what there is to learn it with.
+
+    Attributes:
+        base: The pretrained trunk.
+        task: The target, whose test images are labelled as `data` is.
+        vectors: Of the other tasks.
+        data: Images and labels.
+        classes: The head that they make, `[C, 64]`.
+        seed: Of whatever is drawn.
+    """
+
+    base: nn.Module
+    task: Task
+    vectors: Sequence[TaskVector]
+    data: Labelled
+    classes: Tensor
+    seed: int
+
+    @classmethod
+    def of(cls, base: nn.Module, task: Task, vectors: Sequence[TaskVector], data: Labelled, seed: int) -> Lesson:
+        """The lesson of some images, with the head that they make; a class that they lack is an error."""
+        x, y = data
+        if len(y.unique()) != task.size:
+            raise ValueError(f"data: got images of {len(y.unique())} classes, expected all {task.size} of {task.name}")
+        return cls(base, task, vectors, (x, y), head(base, x, y), seed)
+
+    @property
+    def draws(self) -> torch.Generator:
+        """A fresh source of random numbers."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def scores(self, net: nn.Module, batch: Labelled) -> Tensor:
+        """What a trunk gives under the head."""
+        return cosine(self.classes)(net(batch[0]))
+
+    def accuracy(self, student: nn.Module, data: Labelled) -> float:
+        """Per cent of images that are right."""
+        with torch.no_grad():
+            found = torch.cat([student(part).argmax(1) for part in data[0].split(250)])
+        return 100 * float(found.eq(data[1]).double().mean())
+
+
+def few(at: Setting, name: str, count: int, seed: int) -> Labelled:
+    """`count` images of each class of a task from those that its vector was made of."""
+    task = next(task for task in at.tasks if task.name == name)
+    assert task.train is not None
+    x, y = task.train
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.cat([order[y[order] == label][:count] for label in y.unique().tolist()])
+    return x[chosen], y[chosen]
+
+
+def share(name: str, percent: int, seed: int) -> Labelled:
+    """A share of the training file of a task, without the images on which choices are made."""
+    x, y = _read(FILES[name], "train")
+    first = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    free = torch.cat([first[:2000], first[2000 + VALIDATION :]])
+    order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed))
+    chosen = free[order[: round(percent * len(y) / 100)]].numpy()
+    prepared = _prepared(torch.from_numpy(x[chosen]), _network(BACKBONE)[2])
+    return prepared.contiguous(memory_format=torch.channels_last), torch.from_numpy(y[chosen].astype(np.int64))
+
+
+def trained(student: nn.Module, at: Lesson, rate: float, steps: int = STEPS) -> nn.Module:
+    """AdamW with a cosine on whatever wants a gradient."""
+    free = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(free, lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    stream = shuffled(*at.data, BATCH, at.draws)
+    for _ in range(steps):
+        x, y = next(stream)
+        optimizer.zero_grad()
+        F.cross_entropy(student(x), y).backward()
+        optimizer.step()
+        schedule.step()
+    student.numbers = sum(p.numel() for p in free)  # type: ignore[assignment]
+    return student
+
+
+def probed(at: Lesson, rate: float) -> nn.Module:
+    """The head alone, on features that are computed once."""
+    with torch.no_grad():
+        features = torch.cat([at.base(part) for part in at.data[0].split(250)])
+    inner = Lesson(nn.Identity(), at.task, at.vectors, (features, at.data[1]), at.classes, at.seed)
+    found = trained(Student(inner.base, at.classes), inner, rate)
+    assert isinstance(found, Student)
+    found.body = at.base
+    return found
+
+
+def tuned(at: Lesson, rate: float) -> nn.Module:
+    """All weights and the head."""
+    return trained(Student(copy.deepcopy(at.base), at.classes), at, rate)
+
+
+def adapted(at: Lesson, rate: float, rank: int = 16, steps: int = STEPS) -> nn.Module:
+    """Low-rank additions to every kernel, and the head."""
+    body, draws = copy.deepcopy(at.base).requires_grad_(False), at.draws
+    for module in list(body.modules()):
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            parametrize.register_parametrization(module, "weight", _Added(module.weight.detach(), rank, draws))
+    return trained(Student(body, at.classes), at, rate, steps)
+
+
+def solved(at: Lesson, ridge: float, vectors: Sequence[TaskVector] | None = None) -> nn.Module:
+    """Coefficients of the other tasks' vectors; the head stays."""
+    model = Composition(at.base, at.vectors if vectors is None else vectors).eval()
+    task = replace(at.task, top=cosine(at.classes))
+    fit_(model, task.goal(at.base, at.data), ridge=ridge, damping=DAMPING, steps=6)
+    return _under(model, at)
+
+
+def met(at: Lesson, rate: float = RATE, steps: int = EPISODES) -> Student:
+    """Coefficients under a head that moves with them, by AdamW with a cosine; the head of the images where they end.
+
+    Every image is told by the mean features of the others of its class, as they are at the coefficients; where a class
+    has one image, that image moved by up to three pixels is told by the image itself.
+    """
+    x, y = at.data
+    model, draws, hot = Composition(at.base, at.vectors).eval(), at.draws, F.one_hot(y).to(x)
+    optimizer = torch.optim.AdamW([model.coefficients], lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    single = int(y.bincount().min()) == 1
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with model.once():
+            f = F.normalize(model(x), dim=1)
+            if single:
+                down, right = torch.randint(-3, 4, (2,), generator=draws).tolist()
+                scores = cosine(F.normalize(hot.T @ f, dim=1))(model(x.roll((down, right), (2, 3))))
+            else:
+                means = F.normalize(hot.T @ f - hot[:, :, None] * f[:, None], dim=2)  # [n, C, 64], each without its own
+                scores = SHARPNESS * (means @ f[:, :, None]).squeeze(2)
+            F.cross_entropy(scores, y).backward()
+        optimizer.step()
+        schedule.step()
+    net = model.merge()
+    student = Student(net, head(net, x, y))
+    student.numbers = model.coefficients.numel()  # type: ignore[assignment]
+    return student
+
+
+def met_and_tuned(at: Lesson, rate: float) -> nn.Module:
+    """The same, and then all weights and the head from there, at the rate that full fine-tuning got."""
+    del rate
+    found = met(at)
+    return trained(Student(found.body, found.classes.detach()), at, TUNED)
+
+
+def parted(at: Lesson, rate: float) -> nn.Module:
+    """As many coefficients of random parts of the vectors as LoRA of rank 1 has numbers, and the head, by AdamW."""
+    kernels = [module.weight for module in at.base.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    most = sum(len(w) + w[0].numel() for w in kernels)
+    count = max(
+        k for k in range(1, 400) if len(at.vectors) * sum(min(k, p.numel()) for p in at.base.parameters()) <= most
+    )
+    model = Composition(at.base, at.vectors, Partitions(count)).eval()
+    return trained(Student(model, at.classes), at, rate)
+
+
+def steepest(at: Lesson) -> list[TaskVector]:
+    """Of each tensor, the vectors along which the loss is steepest at the pretrained network."""
+    model = Composition(at.base, at.vectors).eval()
+    F.cross_entropy(at.scores(model, at.data), at.data[1]).backward()
+    slopes = model.coefficients.grad
+    assert slopes is not None
+    chosen = torch.zeros_like(slopes, dtype=torch.bool).scatter_(0, slopes.abs().topk(BUDGET, 0).indices, True)
+    return [
+        TaskVector({n: vector.tensors[n] for n, kept in zip(model.labels, row.tolist(), strict=True) if kept})
+        for vector, row in zip(at.vectors, chosen, strict=True)
+    ]
+
+
+def _under(model: Composition, at: Lesson) -> nn.Module:
+    student = Student(model.merge(), at.classes)
+    student.numbers = model.coefficients.numel()  # type: ignore[assignment]
+    return student
+
+
+DAMPING = 100.0
+"""Of the first step; it falls from there."""
+METHODS: dict[str, Callable[[Lesson, float], nn.Module]] = {
+    "head of the images": lambda at, _: Student(at.base, at.classes),
+    "full fine-tuning": tuned,
+    "linear probe": probed,
+    "LoRA": adapted,
+    "fipgeo": solved,
+    "fipgeo, moving head": lambda at, _: met(at),
+    "fipgeo, moving head, then fine-tuning": met_and_tuned,
+}
+SELECTED: dict[str, Callable[[Lesson, float], nn.Module]] = {
+    "by leverage": lambda at, ridge: solved(
+        at, ridge, choose_vectors(at.base, at.vectors, at.data, BUDGET, forward_fn=at.scores)
+    ),
+    "by gradient": lambda at, ridge: solved(at, ridge, steepest(at)),
+}
+PARTED: dict[str, Callable[[Lesson, float], nn.Module]] = {
+    "LoRA of rank 1": partial(adapted, rank=1),
+    "parts of vectors": parted,
+}
+RATES = {
+    "full fine-tuning": (1e-4, 1e-3, 1e-2),
+    "linear probe": (1e-3, 1e-2, 1e-1),
+    "LoRA": (1e-4, 1e-3, 1e-2),
+    "fipgeo": (1e-3, 1e-2, 1e-1),
+    "LoRA of rank 1": (1e-3, 3e-3, 1e-2),
+    "parts of vectors": (1e-2, 3e-2, 1e-1),
+}
+"""From which the learning rate, or the ridge, is chosen."""
