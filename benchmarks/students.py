@@ -152,7 +152,7 @@ def solved(at: Lesson, ridge: float, vectors: Sequence[TaskVector] | None = None
     """Coefficients of the other tasks' vectors; the head stays."""
     model = Composition(at.base, at.vectors if vectors is None else vectors).eval()
     task = replace(at.task, top=cosine(at.classes))
-    fit_(model, task.goal(at.base, at.data), ridge=ridge, damping=DAMPING, steps=6)
+    fit_(model, task.goal(at.base, at.data), ridge=ridge, steps=30)
     return _under(model, at)
 
 
@@ -223,8 +223,6 @@ def _under(model: Composition, at: Lesson) -> nn.Module:
     return student
 
 
-DAMPING = 100.0
-"""Of the first step; it falls from there."""
 METHODS: dict[str, Callable[[Lesson, float], nn.Module]] = {
     "head of the images": lambda at, _: Student(at.base, at.classes),
     "full fine-tuning": tuned,
