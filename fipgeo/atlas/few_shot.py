@@ -137,7 +137,7 @@ class LinearProbe(nn.Module):
 
     Examples:
         >>> features, labels = torch.eye(3), torch.tensor([0, 1, 2])
-        >>> probe = LinearProbe(features, labels, torch.eye(3))
+        >>> probe = LinearProbe(features, labels, torch.eye(3), sharpness=1.0)
         >>> losses = probe.fit_(features, labels, steps=20)
         >>> losses[-1] < losses[0], probe(features).argmax(1).tolist()
         (True, [0, 1, 2])
