@@ -32,69 +32,30 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from functools import cache, partial
 
-import torch
 from torch import nn
 
 from benchmarks.banks import FILES
+from benchmarks.cells import Cell, Record, measure, options
 from benchmarks.learned import LEARNED, NEGATED
 from benchmarks.merges import ADDED, Setting, Task, control, setting
-from benchmarks.records import RESULTS, read, write
 
 DRAWN = {"DARE", "AdaMerging", "AdaMerging on test", "AdamW"}
 """Methods with a seed of their own."""
 
-Record = dict[str, Any]
-
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parsed(arguments)
-    torch.set_num_threads(1)
-    begun, failed = time.perf_counter(), 0
-    known = set() if args.again else {(r["case"], r["method"], r["seed"]) for r in read("merging", args.folder)}
-    for case, method, seed, run in cells(args):
-        if (case, method, seed) in known or time.perf_counter() - begun > args.limit:
-            continue
-        if args.plan:
-            print(case, method, f"seed {seed}", sep="  ")
-            continue
-        about = {"case": case, "method": method, "seed": seed}
-        try:
-            spent = time.process_time()
-            found = [about | record for record in run()]
-            seconds = round(time.process_time() - spent, 1)
-        except Exception as error:  # the other cells do not depend on it
-            failed += 1
-            print(f"{case} {method}  {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            continue
-        write("merging", [*found, about | {"figure": "seconds", "value": seconds, "unit": "s"}], args.folder)
-        for r in found:
-            print(f"{case:<16} {method:<22} {r['figure']:<10} {r['value']:>7} {r['unit']} {r}", flush=True)
-    if failed:
-        sys.exit(f"{failed} cells failed")
-
-
-def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", nargs="+", default=["add", "negate"], choices=["add", "negate"])
+    parser = options(__doc__, ["add", "negate"], [0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=list(FILES), choices=list(FILES), help="to be forgotten")
     parser.add_argument("--methods", nargs="+", help="such as fipgeo, AdamW, TIES")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--limit", type=float, default=float("inf"), help="no cell begins after so many seconds")
-    parser.add_argument("--again", action="store_true", help="measure what is on record too")
-    parser.add_argument("--plan", action="store_true", help="print the cells and stop")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    measure("merging", cells(args), args)
 
 
-def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, int, Callable[[], list[Record]]]]:
-    """Case, method, seed and measurement of each cell; methods without a seed of their own are measured once."""
+def cells(args: argparse.Namespace) -> Iterator[Cell]:
+    """Methods without a seed of their own are measured once."""
 
     def wanted(method: str, seed: int) -> bool:
         return (not args.methods or method in args.methods) and (seed == args.seeds[0] or method in DRAWN)
@@ -102,12 +63,12 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, int, Callable[[]
     for seed in args.seeds:
         for method in ("individual vectors", *ADDED, *LEARNED) if "add" in args.cells else ():
             if wanted(method, seed):
-                yield "add", method, seed, lambda method=method, seed=seed: added(method, seed)
+                yield Cell({"case": "add", "method": method, "seed": seed}, partial(added, method, seed))
         for task in args.tasks if "negate" in args.cells else ():
             for method in NEGATED:
                 if wanted(method, seed):
-                    run = lambda task=task, method=method, seed=seed: negated(task, method, seed)  # noqa: E731
-                    yield f"negate/{task}", method, seed, run
+                    about = {"case": f"negate/{task}", "method": method, "seed": seed}
+                    yield Cell(about, partial(negated, task, method, seed))
 
 
 @cache

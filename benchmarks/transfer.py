@@ -24,18 +24,16 @@ Records go to benchmarks/results/transfer.json, cell by cell; what is there is n
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from benchmarks.cells import Cell, Record, measure, options
 from benchmarks.merges import Labelled, Setting, setting
-from benchmarks.records import RESULTS, read, write
+from benchmarks.records import read
 from benchmarks.students import METHODS, PARTED, RATES, SELECTED, Lesson, few, share
 
 TARGETS = ("mnist", "eurosat", "usps")
@@ -43,73 +41,45 @@ OTHERS = ("fashion", "gtsrb")
 """Tasks on which rates are chosen; never targets."""
 TUNING_SEED = 100
 
-Record = dict[str, Any]
-
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parsed(arguments)
-    torch.set_num_threads(1)
-    begun, failed = time.perf_counter(), 0
-    known = set() if args.again else {(r["case"], r["method"], r["seed"]) for r in read("transfer", args.folder)}
-    for case, method, seed, run in cells(args):
-        if (case, method, seed) in known or time.perf_counter() - begun > args.limit:
-            continue
-        if args.plan:
-            print(case, method, f"seed {seed}", sep="  ")
-            continue
-        try:
-            spent = time.process_time()
-            found = {"case": case, "method": method, "seed": seed} | run()
-            found["seconds"] = round(time.process_time() - spent, 1)
-        except Exception as error:  # the other cells do not depend on it
-            failed += 1
-            print(f"{case} {method}  {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            continue
-        write("transfer", [found], args.folder)
-        print(f"{case:<22} {method:<24} {found['figure']:<10} {found['value']:>7} {found}", flush=True)
-    if failed:
-        sys.exit(f"{failed} cells failed")
-
-
-def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["rate", "few", "select", "parts"]
-    parser.add_argument("--cells", nargs="+", default=kinds, choices=kinds)
+    parser = options(__doc__, ["rate", "few", "select", "parts"], [0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--methods", nargs="+", help="such as fipgeo, LoRA")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--limit", type=float, default=float("inf"), help="no cell begins after so many seconds")
-    parser.add_argument("--again", action="store_true", help="measure what is on record too")
-    parser.add_argument("--plan", action="store_true", help="print the cells and stop")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    measure("transfer", cells(args), args)
 
 
-def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, int, Callable[[], Record]]]:
-    """Case, method, seed and measurement of each cell."""
+def cells(args: argparse.Namespace) -> Iterator[Cell]:
+    """In the order of the kinds, "rate" first, since others read it."""
 
     def wanted(methods: Any) -> list[str]:
         return [method for method in methods if not args.methods or method in args.methods]
 
     for method in wanted(RATES) if "rate" in args.cells else ():
-        yield "rate", method, TUNING_SEED, partial(rate, method)
+        yield cell("rate", method, TUNING_SEED, partial(rate, method))
     for seed in args.seeds:
         for count in args.shots if "few" in args.cells else ():
             for task in args.tasks:
                 for method in wanted(METHODS):
                     rated = method.split(",")[0]
                     run = partial(measured, METHODS[method], rated, task, seed, args.folder, count=count)
-                    yield f"few/{task}/k={count}", method, seed, run
+                    yield cell(f"few/{task}/k={count}", method, seed, run)
         for task in args.tasks if "select" in args.cells else ():
             for method in wanted(SELECTED):
                 run = partial(measured, SELECTED[method], "fipgeo", task, seed, args.folder, count=4)
-                yield f"select/{task}/k=4", method, seed, run
+                yield cell(f"select/{task}/k=4", method, seed, run)
         for part in (1, 5) if "parts" in args.cells else ():
             for task in args.tasks:
                 for method in wanted(PARTED):
                     run = partial(measured, PARTED[method], method, task, seed, args.folder, percent=part)
-                    yield f"parts/{task}/{part} %", method, seed, run
+                    yield cell(f"parts/{task}/{part} %", method, seed, run)
+
+
+def cell(case: str, method: str, seed: int, run: Callable[[], Record]) -> Cell:
+    """One that makes one record."""
+    return Cell({"case": case, "method": method, "seed": seed}, lambda: [run()])
 
 
 @cache

@@ -56,7 +56,8 @@ def test_every_method_learns_and_leaves_its_givens_alone(name: str) -> None:
         assert all(torch.equal(t, m.state_dict()[key]) for key, t in state.items())
     assert all(torch.equal(model.state_dict()[key], before[0][key]) for key in before[0] if "running" in key)
     loss = [cross_entropy(m(given.task.x), given.task.y).item() for m in (given.model, model)]
-    assert loss[1] < loss[0] or "weight 100" in name  # so heavy a penalty keeps such a small network from learning
+    if "weight 100" not in name:  # so heavy a penalty keeps such a small network from learning
+        assert loss[1] < loss[0]
     again = learn.METHODS[name](rate=0.02)
     again.remember(given.teacher, given.earlier[0], 0)
     assert all(torch.equal(a, b) for a, b in zip(again.learn(given).parameters(), model.parameters(), strict=True))
@@ -218,7 +219,9 @@ def test_the_library_may_remember_each_task_and_finds_it_again(monkeypatch: pyte
     monkeypatch.setattr(learn, "fipgeo_remember", remember)
     monkeypatch.setattr(learn, "fipgeo_learn", learned)
     found, notes = learn.run(stream(), learn.Ours(a=1), 0)
-    assert seen == [["pair 0"], ["pair 0", "pair 1"]] and notes["passes"] == 2 and len(found) == 3
+    assert (
+        seen == [["pair 0"], ["pair 0", "pair 1"]] and notes["passes"] == 2 and notes["steps"] == 16 and len(found) == 3
+    )
 
 
 def test_options_are_the_best_that_were_measured(grid: list[str], tmp_path: Path, monkeypatch) -> None:

@@ -323,6 +323,13 @@ def test_every_method_has_a_style_of_its_own() -> None:
     assert len(set(curves.STYLES.values())) == len(curves.STYLES)
 
 
+def test_records_say_what_was_typed_but_not_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = ["/somewhere/benchmarks/sparsify.py", "--tune", "--folder", str(tmp_path), "--models", "net"]
+    monkeypatch.setattr(sys, "argv", typed)
+    path = records.write("rates", [{"case": "a", "method": "m", "figure": "f", "seed": 0}], tmp_path)
+    assert json.loads(path.read_text())["command"] == "python -m benchmarks.sparsify --tune --models net"
+
+
 def test_a_first_order_correction_is_the_training_of_the_baselines() -> None:
     """With the same zeros, inputs, minibatches and rate: so it is the paths that are compared, not two optimisers."""
     given = task(pace=Pace(steps=25))

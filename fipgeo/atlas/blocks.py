@@ -62,14 +62,6 @@ class Block(nn.Module):
         table.index_copy_(1, self.order.long(), flat)
         return table.view(len(flat), parts, width).transpose(0, 1).contiguous()
 
-    def flat(self, dtype: torch.dtype) -> Tensor | None:
-        """The vectors as one matrix `[n, P]` if they are stored as one, in this dtype; None otherwise."""
-        return self.data[0] if self.order is None and self._stored() == dtype else None
-
-    def _stored(self) -> torch.dtype | None:
-        """The dtype of the matrix, None if there is none."""
-        return self.data.dtype
-
     def compose(self, weights: Tensor, base: Tensor | None = None) -> Tensor:
         """Weighted sums of the vectors, plus the base.
 
@@ -81,9 +73,12 @@ class Block(nn.Module):
             `[..., *shape]` in the dtype of the weights.
         """
         lead, data = weights.shape[:-2], self.data
+        plain = self.order is None and data.dtype == weights.dtype
+        if plain and not lead and base is not None and base.dtype == weights.dtype:  # one sum, without detours
+            return torch.addmv(base.reshape(-1), data[0].t(), weights.view(-1)).view(self.shape)
         rows = weights.reshape(-1, *weights.shape[-2:]).permute(2, 0, 1)  # [K, k, n]
         start = None if base is None else base.reshape(1, -1).to(weights.dtype)
-        if self.order is None and data.dtype == weights.dtype:
+        if plain:
             out = rows[0] @ data[0] if start is None else torch.addmm(start, rows[0], data[0])
         else:
             out = _product(rows, data).transpose(0, 1).flatten(1)  # [k, K m]
@@ -94,6 +89,8 @@ class Block(nn.Module):
     def project(self, gradient: Tensor) -> Tensor:
         """Inner products of gradients `[..., *shape]` with the vectors, `[..., n, K]`: the adjoint of `compose`."""
         lead, data = gradient.shape[: gradient.dim() - len(self.shape)], self.data
+        if not lead and self.order is None and data.dtype == gradient.dtype:
+            return torch.mv(data[0], gradient.reshape(-1))[:, None]
         rows = gradient.reshape(lead.numel(), -1)
         if self.order is not None:
             table = rows.new_zeros(len(rows), data.shape[0] * data.shape[2])
@@ -127,9 +124,6 @@ class StreamedBlock(Block):
         self.register_buffer("_here", torch.empty(0, device=device), persistent=False)
         self._here: Tensor
 
-    def _stored(self) -> torch.dtype | None:
-        return self.dtype
-
     @property
     def data(self) -> Tensor:  # type: ignore[override]
         """The vectors `[K, n, m]`, made anew."""
@@ -159,9 +153,6 @@ class FactoredBlock(Block):
         self.left: Tensor
         self.right: Tensor
         self.owner: Tensor
-
-    def _stored(self) -> torch.dtype | None:
-        return None
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -254,29 +245,15 @@ class Sums:
 
     def parts(self, flat: Tensor) -> list[Tensor]:
         """The weights `[..., n, K]` of each block."""
-        pieces = flat.index_select(-1, self.index).split(list(self.sizes), -1)
-        return [piece.unflatten(-1, block.size) for block, piece in zip(self.blocks, pieces, strict=True)]
+        pieces, lead = flat.index_select(-1, self.index).split(list(self.sizes), -1), flat.shape[:-1]
+        return [piece.reshape(lead + block.size) for block, piece in zip(self.blocks, pieces, strict=True)]
 
     def compose(self, flat: Tensor) -> tuple[Tensor, ...]:
         """The sums `[..., *shape]`."""
-        if flat.dim() == 1 and self.bases is not None:
-            return self._one(flat, self.bases)
         bases = [None] * len(self.blocks) if self.bases is None else self.bases
         rows = zip(self.blocks, self.parts(flat), bases, self.dtypes, strict=True)
-        return tuple(block.compose(weights, base).to(dtype) for block, weights, base, dtype in rows)
-
-    def _one(self, flat: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The sums for one set of coefficients: a product of a matrix and a vector for each block in memory."""
-        out, wide = [], flat.dtype
-        rows = flat.index_select(0, self.index).split(list(self.sizes))
-        for block, row, base, dtype in zip(self.blocks, rows, bases, self.dtypes, strict=True):
-            data = block.flat(wide)
-            if data is None or base.dtype != wide:
-                out.append(block.compose(row.view(block.size), base).to(dtype))
-            else:
-                out.append(torch.addmv(base.reshape(-1), data.t(), row).view(block.shape))
-            del data  # before the next one is read
-        return tuple(out)
+        sums = ((block.compose(weights, base), dtype) for block, weights, base, dtype in rows)
+        return tuple(out if out.dtype == dtype else out.to(dtype) for out, dtype in sums)
 
     def project(self, grads: Sequence[Tensor | None], size: int, dtype: torch.dtype) -> Tensor:
         """The adjoint, `[..., r]`; None stands for zero."""
@@ -284,16 +261,10 @@ class Sums:
             (g.shape[: g.dim() - len(b.shape)] for b, g in zip(self.blocks, grads, strict=True) if g is not None), ()
         )
         like = self.index.new_zeros((), dtype=dtype)
-        found = []
-        for block, g, n in zip(self.blocks, grads, self.sizes, strict=True):
-            data = None if lead or g is None else block.flat(dtype)
-            if g is None:
-                found.append(like.new_zeros((*lead, n)))
-            elif data is None:
-                found.append(block.project(g.to(dtype)).flatten(-2))
-            else:
-                found.append(torch.mv(data, g.to(dtype).reshape(-1)))
-            del data
+        found = [
+            like.new_zeros((*lead, n)) if g is None else b.project(g.to(dtype)).flatten(-2)
+            for b, g, n in zip(self.blocks, grads, self.sizes, strict=True)
+        ]
         out = like.new_zeros((*lead, size))
         return out.index_add_(-1, self.index, torch.cat(found, -1)) if found else out
 

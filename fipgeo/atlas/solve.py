@@ -3,9 +3,9 @@ r"""Learning coefficients by a quadratic model of the objective that begins as t
     objective(c) = sum_t w_t mean_n loss(f(x_n; c), y_n) + ridge/2 |c|^2
 
 At first the model's curvature is that of the metric pulled back to the coefficients, B^T g B, in the geometry that
-belongs to the loss: an estimate from a few random directions of the outputs, which costs about as much as two or three
-gradients. Every step within a region of trust costs one gradient, from which the curvature learns. The outputs of a
-linear composition need one expansion, and the problem is then solved without passes through the network.
+belongs to the loss: an estimate from a few random directions of the outputs of some examples. Every step within a
+region of trust costs one gradient, from which the curvature learns. The outputs of a linear composition need one
+expansion, and the problem is then solved without passes through the network.
 """
 
 from __future__ import annotations

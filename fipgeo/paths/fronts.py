@@ -204,7 +204,7 @@ def adapt(
         damping: mu as a multiple of the mean non-zero eigenvalue of the metric: smaller keeps more, learns less.
         refresh: Minibatches that share a metric, a step of the path: more cost less, and learn less where data are few.
         feedback: How much of what old outputs have changed each minibatch takes back beside the corrections between
-            steps (see `NewTask`); 0.3 where tasks share most of their features, such as classes of one data set.
+            steps (see `NewTask`); 0.3 learns more of classes of one data set (see the docs, Learning).
         geometry: How outputs are compared (see `MetricField`). "auto" is `Categorical` at the lowest temperature of 2,
             4, 8, ... at which it is not saturated if the new targets are classes, as it leaves more room to learn than
             logits do, and "logits" otherwise; with `after`, that of the path.

@@ -239,7 +239,7 @@ class Kept(Protected):
         )
 
     def gradient(self, position: Position, part: Part, *, batch_statistics: bool = False) -> Tensor:
-        """Gradient `[D]` of the mean over a minibatch of |z - z_0|^2, divided by `scale`.
+        """Gradient `[D]` of `gap`, the mean over a minibatch of |z - z_0|^2.
 
         Args:
             position: Where.
@@ -251,7 +251,7 @@ class Kept(Protected):
         with model.frozen(batch_statistics=batch_statistics and bool(model.normalisers)), torch.enable_grad():
             theta = position.theta.detach().requires_grad_()
             outputs = model.call(model.named(theta), function.inputs(part.batch))
-            return torch.autograd.grad(self.gap(function, outputs, part) / self.scale, theta)[0]
+            return torch.autograd.grad(self.gap(function, outputs, part), theta)[0]
 
     def draw(self, size: int, generator: torch.Generator) -> Part:
         """A random minibatch of protected inputs."""

@@ -87,7 +87,8 @@ class FirstOrder(Corrector):
             cost += inverse.cost
         for t in range(steps):
             part = target.draw(self.batch_size, generator)
-            theta.grad = target.gradient(replace(position, theta=theta), part, batch_statistics=live) * free
+            slope = target.gradient(replace(position, theta=theta), part, batch_statistics=live)
+            theta.grad = slope * free / target.scale
             theta.grad = theta.grad if inverse is None else inverse(theta.grad) / 2
             optimizer.param_groups[0]["lr"] = rate * (0.5 * (1 + math.cos(math.pi * t / steps)) if final else 1.0)
             optimizer.step()

@@ -111,7 +111,7 @@ class NewTask(Objective):
             if self.feedback and moves is not None and 0 < moves.mu < math.inf:
                 part = kept.draw(self.rehearse, generator)
                 back = kept.gradient(here, part)
-                gradient = gradient + self.feedback * kept.scale / (2 * moves.mu) * back
+                gradient = gradient + self.feedback / (2 * moves.mu) * back
                 used += 3.0 * len(part.reference)
             step = -gradient * mask if moves is None else moves.passed(-gradient * mask)
             velocity = self.momentum * velocity + step * min(1.0, self.clip / max(float(step.norm()), 1e-30))
