@@ -219,9 +219,8 @@ def test_the_library_may_remember_each_task_and_finds_it_again(monkeypatch: pyte
     monkeypatch.setattr(learn, "fipgeo_remember", remember)
     monkeypatch.setattr(learn, "fipgeo_learn", learned)
     found, notes = learn.run(stream(), learn.Ours(a=1), 0)
-    assert (
-        seen == [["pair 0"], ["pair 0", "pair 1"]] and notes["passes"] == 2 and notes["steps"] == 16 and len(found) == 3
-    )
+    assert seen == [["pair 0"], ["pair 0", "pair 1"]] and len(found) == 3
+    assert notes["passes"] == 2 and notes["steps"] == 16  # half of what is allowed
 
 
 def test_options_are_the_best_that_were_measured(grid: list[str], tmp_path: Path, monkeypatch) -> None:

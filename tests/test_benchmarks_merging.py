@@ -216,6 +216,7 @@ def test_grids_are_resumed_and_means_are_those_of_the_rows(tmp_path: Path, monke
     found = records.read("merging", tmp_path)
     assert {(r["method"], r["seed"]) for r in found} == {(m, 0) for m in methods} | {("DARE", 1), ("DARE", 2)}
     for r in found:
+        assert r["seconds"] >= 0
         if "rows" in r:
             assert r["value"] == pytest.approx(sum(r["rows"].values()) / 2, abs=0.01)
     given = ["--folder", str(tmp_path), "--methods", "fipgeo", "LoRA", "--shots", "1", "--seeds", "0", "--tasks", "one"]

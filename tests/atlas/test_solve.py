@@ -14,7 +14,7 @@ from fipgeo.atlas import Goal, Isotropic, Kind, Partitions, PerBlock, PerLayer, 
 from fipgeo.atlas.expansion import Expander
 from fipgeo.atlas.goals import Term
 from fipgeo.atlas.proximal import Problem
-from fipgeo.atlas.solve import Objective
+from fipgeo.atlas.solve import Descent, Objective
 from fipgeo.data import as_batches
 from fipgeo.linalg import Outcome
 
@@ -50,17 +50,21 @@ def derivative(model: Composition, c: Tensor, x: Tensor) -> tuple[Tensor, Tensor
     return f(c), jacrev(f)(c).flatten(-2)
 
 
+def given_bank(name: str, seed: int) -> tuple[nn.Module, list[TaskVector], Tensor]:
+    """A network, two vectors and inputs."""
+    if name != "words":
+        return bank(name, seed, 2)
+    base = shaken(Words(), seed).eval()
+    vectors = [TaskVector.between(base, shaken(base, seed + i)) for i in (1, 2)]
+    return base, vectors, torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*MODELS, "words"])
 @given(seed=seeds)
 @settings(max_examples=3)
 def test_expansions_are_the_derivative(name: str, kind: str, seed: int) -> None:
-    if name == "words":
-        base = shaken(Words(), seed).eval()
-        vectors = [TaskVector.between(base, shaken(base, seed + i)) for i in (1, 2)]
-        x = torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(seed))
-    else:
-        base, vectors, x = bank(name, seed, 2)
+    base, vectors, x = given_bank(name, seed)
     model = Composition(base, vectors, KINDS[kind])
     c = 0.3 * draw(seed, *model.coefficients.shape)
     f, a = Expander(model)(c, (x,))
@@ -73,12 +77,7 @@ def test_expansions_are_the_derivative(name: str, kind: str, seed: int) -> None:
 @given(seed=seeds)
 @settings(max_examples=2)
 def test_directions_are_those_of_the_derivative(name: str, seed: int) -> None:
-    if name == "words":
-        base = shaken(Words(), seed).eval()
-        vectors = [TaskVector.between(base, shaken(base, seed + i)) for i in (1, 2)]
-        x = torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(seed))
-    else:
-        base, vectors, x = bank(name, seed, 2)
+    base, vectors, x = given_bank(name, seed)
     model = Composition(base, vectors)
     c = 0.3 * draw(seed, *model.coefficients.shape)
     f, a = Expander(model)(c, (x,))
@@ -132,6 +131,40 @@ def test_what_steps_cost_is_counted() -> None:
     first = len(x) * (1 + 3 + 3) / 3  # forward, the loss and two directions back, three vectors
     assert fit.passes == pytest.approx((first, first + len(x)))
     assert fit_(Composition(base, vectors), (x, y), steps=0).passes == pytest.approx((len(x) / 3,))
+
+
+class Bowl:
+    """A square whose curvature is h times what its metric says, from a value and slope at (0, 0)."""
+
+    ridge = 0.0
+
+    def __init__(self, h: float) -> None:
+        self.h, self.start = h, torch.tensor([-3.0, -4.0], dtype=torch.float64)
+
+    def slope(self, c: Tensor) -> tuple[float, Tensor]:
+        return float(self.start @ c + self.h / 2 * c @ c), self.start + self.h * c
+
+    def metric(self, c: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor, tuple[float, Tensor]]:
+        return torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), self.slope(c)
+
+
+@pytest.mark.parametrize(
+    ("h", "reach", "after"), [(1.0, 0.5, 1.0), (0.25, 0.5, 1.0), (2.2, 5.0, 1.25), (1.95, 5.0, 2.5)]
+)
+def test_the_region_follows_what_steps_turn_out_to_be(h: float, reach: float, after: float) -> None:
+    """As long as expected and at the rim: doubled; no fall: a quarter of the step; little fall: half of it."""
+    descent = Descent(Bowl(h), torch.zeros(2, dtype=torch.float64), reach, torch.Generator())  # type: ignore[arg-type]
+    gain = descent.step(0.0)
+    assert descent.radius == pytest.approx(after, rel=1e-2) and gain is not None and (gain > 0) == (h < 2)
+
+
+def test_the_curvature_learns_from_every_gradient() -> None:
+    """Along the step it is that of the objective afterwards, also where the step is taken back."""
+    for h in (0.5, 3.0):
+        descent = Descent(Bowl(h), torch.zeros(2, dtype=torch.float64), 5.0, torch.Generator())  # type: ignore[arg-type]
+        d = descent.curvature.step(descent.slope, descent.radius)
+        descent.step(0.0)
+        torch.testing.assert_close(descent.curvature(d), h * d)
 
 
 def test_vectors_may_be_of_any_size() -> None:

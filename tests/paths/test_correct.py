@@ -39,6 +39,18 @@ def correct(
     return corrector.correct(kept, position, free, state or {}, torch.Generator().manual_seed(0))
 
 
+@given(SEEDS)
+@settings(max_examples=3)
+def test_a_first_order_step_has_no_unit(seed: int) -> None:
+    """One step of SGD is the gradient of |z - z_0|^2 over that of the start, whatever the outputs are measured in."""
+    kept, position, free = perturbed(seed, 0.1)
+    step = FirstOrder(steps=1, batch_size=30, lr=0.01, optimizer="sgd", taps=None)
+    moved = correct(step, kept, position, free).position.theta - position.theta
+    total = sum(z0.square().sum() for z0 in kept.reference)
+    slope = 2 * kept.tangent(position).root.adjoint(kept.residual(position)) / total
+    torch.testing.assert_close(moved, -0.01 * slope * free, rtol=1e-6, atol=1e-9)
+
+
 @given(SEEDS, st.floats(-3, 1).map(lambda e: 10.0**e), st.booleans(), st.booleans())
 @settings(max_examples=4)
 def test_gauss_newton_never_increases_the_loss(seed: int, size: float, norm: bool, subset: bool) -> None:
