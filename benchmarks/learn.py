@@ -119,7 +119,15 @@ SKETCHED = 1000
 
 
 def fipgeo_remember(model: nn.Module, task: Task, seed: int, state: dict[str, Any], **options: Any) -> None:
-    """With `sketch=True`, what the network's maps see on a task just learned, joined to the sketch of those before."""
+    """With `sketch=True`, what the network's maps see on a task just learned, joined to the sketch of those before.
+
+    With `readout=True`, what hidden features say of the first task, and what the network takes its inputs for: later
+    tasks are remembered as they are learned.
+    """
+    if options.get("readout") and "readout" not in state:
+        about = {key: options[key] for key in ("cells", "width") if key in options}
+        state["features"] = fipgeo.memory.HiddenFeatures(model, task.x, **about)
+        state["readout"] = fipgeo.memory.ReadoutSketch.of(state["features"], task.x, targets="model")
     if options.get("sketch"):
         which = torch.randperm(len(task.x), generator=torch.Generator().manual_seed(seed))[:SKETCHED]
         made = fipgeo.memory.LayerSketch.of(fipgeo.MetricField(model, task.x[which]))
@@ -130,9 +138,14 @@ def fipgeo_learn(lesson: Lesson, state: dict[str, Any], **options: Any) -> tuple
     """One task by the library: the network after it, and figures for the record.
 
     Options are those of `fipgeo.adapt`, and `views` of each kept input (see `fipgeo.memory.views`); or `sketch=True`
-    and those of `fipgeo.optim.FIP`, and no input is looked at. Epochs may not go beyond the budget of minibatches. A
-    tenth of the kept inputs is held out. `state` is that of `fipgeo_remember`.
+    and those of `fipgeo.optim.FIP`, or `readout=True` and those of `fipgeo.memory.HiddenFeatures`, and no kept input is
+    looked at. Epochs may not go beyond the budget of minibatches. A tenth of the kept inputs is held out. `state` is
+    that of `fipgeo_remember`.
     """
+    if options.get("readout"):
+        features, (x, y) = state["features"], (lesson.task.x, lesson.task.y)
+        state["readout"] += fipgeo.memory.ReadoutSketch.of(features, (x, y), num_outputs=lesson.task.outputs)
+        return state["readout"].readout(features), {"passes": 1.0, "sketch_bytes": state["readout"].nbytes}
     asked: dict[str, Any] = {"epochs": lesson.passes} | options
     if asked["epochs"] > lesson.passes + 1e-9:
         raise ValueError(f"epochs: got {asked['epochs']}, expected at most {lesson.passes:g}, as for all methods")

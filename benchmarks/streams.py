@@ -220,7 +220,9 @@ def _initialise(model: nn.Module, random: torch.Generator) -> None:
 
 
 def grown(model: nn.Module, head: str, outputs: int) -> nn.Module:
-    """The network with as many outputs as the tasks up to now need; new ones start at logit 0."""
+    """The network with as many outputs as the tasks up to now need; new ones start at logit 0; readouts grow alone."""
+    if isinstance(model, fipgeo.memory.Readout):
+        return model
     layer = model.get_submodule(head)
     assert isinstance(layer, nn.Linear)
     if layer.out_features >= outputs:

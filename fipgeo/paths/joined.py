@@ -79,6 +79,6 @@ class Joined(Kept):
         one, other = (half.subset(max(max_rows // 2, 1), generator) for half in self.halves)
         return Joined._of(one, other, self.position)
 
-    def renormalised(self, position: Position) -> Position:
-        """The position with BatchNorm statistics re-estimated on the protected inputs."""
-        return self.halves[0].renormalised(position)
+    def renormalised(self, position: Position, most: float = float("inf")) -> Position:
+        """The position with BatchNorm statistics re-estimated on the protected inputs (see `Kept.renormalised`)."""
+        return self.halves[0].renormalised(position, most)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -287,13 +287,19 @@ class Kept(Protected):
         function = replace(self.function, batches=batches)
         return Kept(function, batches, tuple(reference), self.start, None if live is None else tuple(live))
 
-    def renormalised(self, position: Position) -> Position:
-        """The position with BatchNorm statistics re-estimated on the protected inputs; itself without BatchNorm."""
+    def renormalised(self, position: Position, most: float = float("inf")) -> Position:
+        """The position with BatchNorm statistics re-estimated on the protected inputs; itself without BatchNorm.
+
+        Args:
+            position: Where.
+            most: Inputs that are looked at, rounded up to whole batches.
+        """
         function_map = self.at(position).map
         if not function_map.normalisers:
             return position
-        shuffled = self.batches.shuffled(1)
-        return replace(position, buffers=dict(position.buffers) | function_map.statistics(position.theta, shuffled))
+        wanted = next((i for i, n in enumerate(accumulate(n for n, _ in self.shapes), 1) if n >= most), None)
+        seen = islice(self.batches.shuffled(1), wanted)
+        return replace(position, buffers=dict(position.buffers) | function_map.statistics(position.theta, seen))
 
     def better_normalised(self, position: Position) -> Position:
         """The position with re-estimated BatchNorm statistics if that leaves the outputs nearer to the start's."""

@@ -315,13 +315,13 @@ def watch(model: OutputMap, weights: Mapping[str, Tensor], inputs: Any, examples
         The weights that are used in another way as well.
     """
     names = {id(t): name for name, t in weights.items()}
-    with _Watcher(names, examples, visit, weights) as seen:
+    with Watcher(names, examples, visit, weights) as seen:
         model.call(weights, inputs)
     several = Counter(name for name, _ in set(seen.kinds))
     return seen.outside | {name for name, kinds in several.items() if kinds > 1}
 
 
-class _Watcher(Recorder):
+class Watcher(Recorder):
     """A recorder that keeps nothing: every linear map is handed on at once."""
 
     def __init__(self, names: Mapping[int, str], examples: int, visit: Visit, weights: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """The kept function: residuals, random parts of it, and normalisation statistics against BatchNorm's own."""
 
 import copy
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -55,19 +56,20 @@ def test_parts_carry_their_own_reference(kind: str, seed: int, rows: int) -> Non
         torch.testing.assert_close(centred(model(x)), z0)
 
 
+@pytest.mark.parametrize("most, batches", [(float("inf"), 4), (1, 1), (20, 2), (21, 3), (40, 4), (1000, 4)])
 @pytest.mark.parametrize("batch_size", [40, 10])
-def test_re_estimated_statistics_are_batchnorms_own(batch_size: int) -> None:
+def test_re_estimated_statistics_are_batchnorms_own(batch_size: int, most: float, batches: int) -> None:
     model, x = mlp(2, norm=True), inputs(3, 40)
     kept = kept_of(model, x, batch_size=batch_size)
     theta = kept.function.map.point() + 0.1
-    found = kept.renormalised(Position(theta)).buffers
+    found = kept.renormalised(Position(theta), most).buffers
     oracle = loaded(model, kept.function.map.named(theta)).train()
     norm = copy.deepcopy(oracle[1])  # type: ignore[index]
     assert isinstance(norm, nn.BatchNorm1d)
     norm.momentum = None  # a plain average over the batches
     norm.reset_running_stats()
     with torch.no_grad():
-        for batch in kept.batches.shuffled(1):
+        for batch in islice(kept.batches.shuffled(1), batches):
             norm(oracle[0](batch))  # type: ignore[index]
     assert norm.running_mean is not None and norm.running_var is not None
     torch.testing.assert_close(found["1.running_mean"], norm.running_mean)

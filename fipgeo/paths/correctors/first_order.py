@@ -96,8 +96,9 @@ class FirstOrder(Corrector):
             cost += evaluations * len(part.reference)
         position = replace(position, theta=theta)
         if kept.function.map.normalisers:
-            position = kept.renormalised(position) if live and not final else kept.better_normalised(position)
-            cost += (1 if live and not final else 3) * kept.num_examples
+            rough = live and not final
+            position = kept.renormalised(position, ROUGHLY) if rough else kept.better_normalised(position)
+            cost += min(kept.num_examples, ROUGHLY) if rough else 3 * kept.num_examples
         return Correction(position, dict(optimizer.state[theta]), cost)
 
     def _rate(self, normalised: bool) -> float:
@@ -120,6 +121,9 @@ NORMALISED = 4e-3
 MOVING = ("exp_avg", "momentum_buffer")
 """What of an optimizer's state would move weights that have just been frozen."""
 
+
+ROUGHLY = 1024
+"""Protected inputs by which statistics of BatchNorm are re-estimated between corrections; at the end it is by all."""
 
 LOOKED_AT = 256
 """Protected inputs of which the block diagonal of the metric is made."""
