@@ -196,8 +196,8 @@ def met_and_tuned(at: Lesson, rate: float) -> nn.Module:
 def read(at: Lesson, rate: float, *, steps: int = 15) -> HiddenClassifier:
     """Coefficients by the evidence of the images, and ridge regression on all layers of the network that they make.
 
-    The number of steps and their length, as well as the cells that are seen, were chosen on validation images of
-    Fashion-MNIST and GTSRB.
+    How layers are seen was chosen on validation images of five tasks, targets among them, with images drawn by other
+    seeds, and is the default; so were the steps. Nothing is chosen for a task.
     """
     del rate
     model = Composition(at.base, at.vectors).eval()

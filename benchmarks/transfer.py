@@ -14,7 +14,9 @@ low-rank additions to all kernels and the head (LoRA, rank 16). "fipgeo" learns 
 tasks' vectors and each tensor, and leaves the head as it is; with "moving head" coefficients are learned by AdamW under
 the head that the images have at them, and "then fine-tuning" goes on from there with all weights, at a rate of full
 fine-tuning. "all layers": no head, but ridge regression on what all layers see (`fipgeo.atlas.HiddenClassifier`), of
-the network as it is, or with coefficients that the evidence of the images gives (`fipgeo.atlas.fit_hidden_`).
+the network as it is, or with coefficients that the evidence of the images gives (`fipgeo.atlas.fit_hidden_`). How
+layers are seen and how many steps are taken was chosen once, on validation images of Fashion-MNIST, GTSRB and the
+targets, from draws of other seeds.
 "select": coefficients with two vectors for each tensor, chosen by leverage (`fipgeo.atlas.choose_vectors`) or by the
 gradient of each block. "parts": 1 % or 5 % of a target's training file; vectors cut into random parts, so many that
 coefficients are as many as the numbers of LoRA of rank 1, both by AdamW.

@@ -1,6 +1,6 @@
 r"""A classifier that sees a whole network, from a few labelled examples and in closed form.
 
-    K = mean over linear maps l of H_l H_l^T / F_l        y_c ~ N(0, sigma_c^2 (K + r)), centred, for every class c
+    K = mean over maps l of H_l H_l^T / F_l        y_c ~ N(0, sigma_c^2 (K + r)), centred, for every class c
 
 H_l `[n, F_l]` is what a linear map sees of n examples. The ridge r is the one under which the labels are most probable;
 so are coefficients of task vectors, of which K is a function. Axis letters: n examples, F features, C classes.
@@ -8,6 +8,7 @@ so are coefficients of task vectors, of which K is a function. Axis letters: n e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,12 @@ from fipgeo.atlas.composition import Composition
 from fipgeo.atlas.goals import labels_of
 from fipgeo.data import as_batches
 
-POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+MEAN = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+MOST = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
+CELLS = (1, 2, 4)
+"""Parts of each axis of what a convolution sees."""
+EARLY = 1 / 3
+"""Share of the maps, the first ones, that are left out."""
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SHRINK = 0.1
 """Share of the mean deviation of a map's numbers that is added to the deviation of each."""
@@ -28,17 +34,18 @@ RIDGES = torch.logspace(-5, 2, 57, dtype=torch.float64)
 
 
 class HiddenClassifier:
-    """Scores by ridge regression on what all linear maps of a network see.
+    """Scores by ridge regression on what the linear maps of a network see.
 
-    A convolution sees an image: its mean over each of `cells` by `cells` parts is kept. A map that sees tokens
-    `[n, T, F]` gives their mean. Numbers are standardised by the examples, and every map counts alike. What the network
-    puts out counts as one more, if it has a tensor for output. The last layers know what the network was trained for;
-    early ones know the rest, which a new task may need.
+    A convolution sees an image: mean and maximum over the parts of coarse grids are kept. A map that sees tokens
+    `[n, T, F]` gives both over the tokens. Numbers are standardised by the examples, and every map and grid counts
+    alike. What the network puts out, `[n, C]`, counts as one more. The last layers know what the network was trained
+    for; those before know the rest, which a new task may need.
 
     Args:
         network: Any module; it is kept, not copied, and evaluated in eval mode.
         data: The examples, `(x, y)` or batches of them, with classes y from 0; at least two.
-        cells: Parts of each axis of what a convolution sees; an axis that is shorter stays as it is.
+        cells: Grids of so many parts along each axis; an axis that is shorter stays as it is.
+        early: Share of the maps, the first ones, that are left out.
 
     Attributes:
         ridge: r.
@@ -58,12 +65,12 @@ class HiddenClassifier:
         tensor([0, 1, 2, 0, 1, 2])
     """
 
-    def __init__(self, network: nn.Module, data: Any, *, cells: int = 8) -> None:
-        if cells < 1:
-            raise ValueError(f"cells: got {cells}, expected at least 1")
-        self.network, self.cells = network, cells
+    def __init__(self, network: nn.Module, data: Any, *, cells: Sequence[int] = CELLS, early: float = EARLY) -> None:
+        if not cells or min(cells) < 1 or not 0 <= early < 1:
+            raise ValueError(f"cells, early: got {cells} and {early}, expected numbers from 1 up, and a share below 1")
+        self.network, self.view = network, View(tuple(cells), early)
         with torch.no_grad():
-            rows, y = _examples(network, data, cells)
+            rows, y = _examples(network, data, self.view)
             self.maps = [_standardised(part) for part in rows]
             kernel = _kernel(self.maps)
             targets = _targets(y)
@@ -77,7 +84,7 @@ class HiddenClassifier:
     @torch.no_grad()
     def __call__(self, x: Any) -> Tensor:
         """Scores `[n, C]`, near 1 for the class of an input and near 0 for others."""
-        rows = hidden(self.network, self.network, x, self.cells)
+        rows = self.view(self.network, self.network, x)
         pairs = zip(rows, self.maps, strict=True)
         kernel = sum(((h - m.mean) / m.scale).double() @ m.rows.T / m.rows.shape[1] for h, m in pairs)
         return (kernel / len(self.maps) - self.level) @ self.weights + self.shares
@@ -124,7 +131,13 @@ def evidence(kernel: Tensor, targets: Tensor) -> Evidence:
 
 
 def fit_hidden_(
-    model: Composition, data: Any, *, cells: int = 8, steps: int = 15, lr: float = 0.02
+    model: Composition,
+    data: Any,
+    *,
+    cells: Sequence[int] = CELLS,
+    early: float = EARLY,
+    steps: int = 15,
+    lr: float = 0.02,
 ) -> HiddenClassifier:
     """Learn the coefficients by the evidence of a few labelled examples, in place, and the classifier there.
 
@@ -136,6 +149,7 @@ def fit_hidden_(
         model: Its coefficients are the start and the result; evaluated in eval mode.
         data: As for `HiddenClassifier`.
         cells: As there.
+        early: As there.
         steps: Of Adam on the log evidence.
         lr: About how far a coefficient may move in a step.
 
@@ -158,52 +172,62 @@ def fit_hidden_(
     for _ in range(steps):
         optimizer.zero_grad()
         with torch.enable_grad(), model.once():
-            rows, y = _examples(model, data, cells)
+            rows, y = _examples(model, data, View(tuple(cells), early))
             kernel = _centred(_kernel([_standardised(part) for part in rows]))
             (-evidence(kernel, _targets(y)).log).backward()
         optimizer.step()
     optimizer.zero_grad()
-    return HiddenClassifier(model.merge(), data, cells=cells)
+    return HiddenClassifier(model.merge(), data, cells=cells, early=early)
 
 
-def hidden(network: nn.Module, module: nn.Module, x: Any, cells: int) -> list[Tensor]:
-    """What the linear maps of a module see of inputs, `[n, F]` each, in the order of the forward pass, and the output.
+class View(NamedTuple):
+    """What is looked at of a network, as for `HiddenClassifier`."""
 
-    Args:
-        network: Is called.
-        module: Holds the maps.
-        x: `[n, ...]`.
-        cells: As for `HiddenClassifier`.
-    """
-    found: list[Tensor] = []
+    cells: tuple[int, ...]
+    early: float
 
-    def see(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen = inputs[0]
-        if not isinstance(seen, Tensor) or seen.dim() < 2 or len(seen) != len(x):
-            return
+    def __call__(self, network: nn.Module, module: nn.Module, x: Any) -> list[Tensor]:
+        """Numbers `[n, F]` of each map and grid, in the order of the forward pass, and the output.
+
+        Args:
+            network: Is called.
+            module: Holds the maps.
+            x: `[n, ...]`.
+        """
+        found: list[tuple[nn.Module, Tensor]] = []
+
+        def see(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if isinstance(inputs[0], Tensor) and inputs[0].dim() > 1 and len(inputs[0]) == len(x):
+                found.append((layer, inputs[0]))
+
+        handles = [layer.register_forward_pre_hook(see) for layer in module.modules() if isinstance(layer, LINEAR)]
+        training = [layer for layer in module.modules() if layer.training]
+        module.eval()
+        try:
+            output = network(x)
+        finally:
+            for layer in training:
+                layer.training = True
+            for handle in handles:
+                handle.remove()
+        if not found:
+            raise ValueError("network: no nn.Linear or convolution sees the examples one by one; nothing can be read")
+        rows = [part for layer, seen in found[round(self.early * len(found)) :] for part in self.parts(layer, seen)]
+        return [*rows, output] if isinstance(output, Tensor) and output.dim() == 2 else rows
+
+    def parts(self, layer: nn.Module, seen: Tensor) -> list[Tensor]:
+        """Mean and maximum over the cells of each grid, or over tokens."""
         if isinstance(layer, nn.Linear):
-            found.append(seen.flatten(1, -2).mean(1) if seen.dim() > 2 else seen)
-        else:
-            found.append(POOL[seen.dim() - 2](seen, [min(cells, size) for size in seen.shape[2:]]).flatten(1))
-
-    handles = [layer.register_forward_pre_hook(see) for layer in module.modules() if isinstance(layer, LINEAR)]
-    training = [layer for layer in module.modules() if layer.training]
-    module.eval()
-    try:
-        output = network(x)
-    finally:
-        for layer in training:
-            layer.training = True
-        for handle in handles:
-            handle.remove()
-    if not found:
-        raise ValueError("network: no nn.Linear or convolution sees the examples one by one; there is nothing to read")
-    if isinstance(output, Tensor) and output.dim() == 2:
-        found.append(output)
-    return found
+            tokens = seen.flatten(1, -2) if seen.dim() > 2 else None
+            return [seen if tokens is None else torch.cat([tokens.mean(1), tokens.amax(1)], 1)]
+        axes, out = seen.dim() - 2, []
+        for cells in self.cells:
+            grid = [min(cells, size) for size in seen.shape[2:]]
+            out.append(torch.cat([MEAN[axes](seen, grid), MOST[axes](seen, grid)], 1).flatten(1))
+        return out
 
 
-def _examples(network: nn.Module, data: Any, cells: int) -> tuple[list[Tensor], Tensor]:
+def _examples(network: nn.Module, data: Any, view: View) -> tuple[list[Tensor], Tensor]:
     """What every map sees of all examples, and their labels `[n]`."""
     module = network.module if isinstance(network, Composition) else network
     parts, labels = [], []
@@ -211,7 +235,7 @@ def _examples(network: nn.Module, data: Any, cells: int) -> tuple[list[Tensor], 
         y = labels_of(batch)
         if y is None or y.is_floating_point() or y.dim() != 1:
             raise ValueError("data: a classifier needs classes; pass batches (x, y) with y `[n]` of whole numbers")
-        parts.append(hidden(network, module, batch[0], cells))
+        parts.append(view(network, module, batch[0]))
         labels.append(y)
     y = torch.cat(labels).long()
     if len(y) < 2 or bool((y == y[0]).all()):

@@ -41,23 +41,25 @@ def images(seed: int, count: int = 12, classes: int = 3) -> tuple[Tensor, Tensor
     return draw(seed, count, 2, 6, 6) + draw(99, classes, 2, 6, 6)[y], y
 
 
-def seen(model: nn.Module, x: Tensor, cells: int) -> list[Tensor]:
+def seen(model: nn.Module, x: Tensor, cells: list[int]) -> list[Tensor]:
     """The features, written out."""
     assert isinstance(model, Net)
     h = model.norm(model.conv(x)).relu().flatten(2).mT
     deep = model.token(h).relu().mean(1)
-    return [F.adaptive_avg_pool2d(x, cells).flatten(1), h.mean(1), deep, model.last(deep)]
+    parts = [x.unflatten(3, (c, -1)).unflatten(2, (c, -1)) for c in cells]
+    pooled = [torch.cat([p.mean((3, 5)), p.amax((3, 5))], 1).flatten(1) for p in parts]
+    return [*pooled, torch.cat([h.mean(1), h.amax(1)], 1), deep, model.last(deep)]
 
 
 @torch.no_grad()
-@given(seed=seeds, cells=st.sampled_from([1, 3]))
+@given(seed=seeds, cells=st.sampled_from([[1], [1, 3], [2]]))
 @settings(max_examples=6, deadline=None)
-def test_scores_are_ridge_regression_on_all_that_the_maps_see(seed: int, cells: int) -> None:
+def test_scores_are_ridge_regression_on_all_that_the_maps_see(seed: int, cells: list[int]) -> None:
     model, (x, y), (new, _) = net(seed), images(seed), images(seed + 1, 5)
-    found = HiddenClassifier(model, (x, y), cells=cells)
+    found = HiddenClassifier(model, (x, y), cells=cells, early=0.0)
     parts = []
     for a, b in zip(seen(model, x, cells), seen(model, new, cells), strict=True):
-        scale = (a.std(0) + 0.1 * a.std(0).mean()) * (4 * a.shape[1]) ** 0.5
+        scale = (a.std(0) + 0.1 * a.std(0).mean()) * ((3 + len(cells)) * a.shape[1]) ** 0.5
         parts.append(((a - a.mean(0)) / scale, (b - a.mean(0)) / scale))
     h, other = (torch.cat(p, 1) for p in zip(*parts, strict=True))
     marks = F.one_hot(y).double()
@@ -111,6 +113,7 @@ def test_coefficients_make_the_labels_more_probable_and_leave_the_network_as_it_
     vectors = [TaskVector({k: 0.3 * draw(i, *t.shape) for k, t in model.named_parameters()}) for i in range(3)]
     composition = Composition(model, vectors)
     start = HiddenClassifier(model, data)
+    assert len(start.maps) == 3  # the convolution is the first third
     found = fit_hidden_(composition, data, steps=10)
     assert found.evidence > start.evidence and bool(composition.coefficients.any())
     assert composition.coefficients.grad is None and model.training
@@ -125,8 +128,8 @@ def test_what_cannot_be_classified_is_said() -> None:
     for data, says in (((x, y.double()), "needs classes"), (x, "needs classes"), ((x[:1], y[:1]), "1 examples of one")):
         with pytest.raises(ValueError, match=says):
             HiddenClassifier(model, data)
-    with pytest.raises(ValueError, match="cells: got 0"):
-        HiddenClassifier(model, (x, y), cells=0)
+    with pytest.raises(ValueError, match=r"cells, early: got \[0\] and"):
+        HiddenClassifier(model, (x, y), cells=[0])
     with pytest.raises(ValueError, match=r"no nn\.Linear or convolution"):
         HiddenClassifier(nn.Flatten(), (x, y))
     with pytest.raises(ValueError, match="got a linear composition"):
