@@ -59,7 +59,8 @@ class HiddenClassifier:
     Bayes (MacKay, Bayesian Interpolation, 1992).
 
     Examples:
-        >>> net, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(6, 3)
+        >>> net = nn.Sequential(nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 2))
+        >>> x = torch.randn(3, 9).repeat(2, 1)
         >>> known = HiddenClassifier(net, (x, torch.arange(6) % 3))
         >>> known(x).argmax(1)
         tensor([0, 1, 2, 0, 1, 2])
