@@ -32,6 +32,7 @@ BACKBONE = "akamaster_cifar10_resnet20"
 TRAIN, VALIDATION, TEST = 2000, 400, 1000
 """Images of each task: for the bank, for learning coefficients, and for the accuracy that is reported."""
 SHARPNESS = 16.0
+RATE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,19 +97,20 @@ def accuracy(net: nn.Module, classes: Tensor, data: tuple[Tensor, Tensor]) -> fl
     return float((features(net, data[0]) @ classes.T).argmax(1).eq(data[1]).double().mean())
 
 
-def bank(tasks: list[Images], epochs: int = 6, batch: int = 100) -> dict[str, TaskVector]:
+def bank(tasks: list[Images], epochs: int = 6, batch: int = 100, rate: float = RATE) -> dict[str, TaskVector]:
     """The task vectors, made or read."""
-    return {task.name: _vector(task, epochs, batch) for task in tasks}
+    return {task.name: _vector(task, epochs, batch, rate) for task in tasks}
 
 
-def _vector(task: Images, epochs: int, batch: int) -> TaskVector:
-    path = CACHE / f"bank-{BACKBONE}-{task.name}-epochs{epochs}.safetensors"
+def _vector(task: Images, epochs: int, batch: int, rate: float) -> TaskVector:
+    other = "" if rate == RATE else f"-rate{rate}"
+    path = CACHE / f"bank-{BACKBONE}-{task.name}-epochs{epochs}{other}.safetensors"
     if path.exists():
         return TaskVector.load(path)
     base, net, random = trunk(), trunk(), torch.Generator().manual_seed(0)
     x, y = task.train
     forward = scores(head(base, x, y))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(x) // batch))
     for _ in range(epochs):
         for part in torch.randperm(len(x), generator=random).split(batch)[: len(x) // batch]:

@@ -17,7 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.banks import BACKBONE, FILES, SHARPNESS, TEST, VALIDATION, Images, _prepared, bank, head, images, trunk
+from benchmarks.banks import (
+    BACKBONE,
+    FILES,
+    RATE,
+    SHARPNESS,
+    TEST,
+    VALIDATION,
+    Images,
+    _prepared,
+    bank,
+    head,
+    images,
+    trunk,
+)
 from benchmarks.pretrained import _network, folder
 from fipgeo import Composition, TaskVector
 from fipgeo.atlas import Goal, dare, isotropise, lines, ties, trim, whiten
@@ -110,11 +123,11 @@ class Setting:
         return statistics.fmean(self.rows(net, "validation").values())
 
 
-def setting(names: Sequence[str] = tuple(FILES)) -> Setting:
-    """The tasks of the bank, with pretrained network and vectors."""
+def setting(names: Sequence[str] = tuple(FILES), epochs: int = 6, rate: float = RATE) -> Setting:
+    """The tasks of the bank, with pretrained network and vectors of so many epochs at a learning rate."""
     base = trunk().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     sets = [images(name) for name in names]
-    return Setting(base, [_task(base, task) for task in sets], list(bank(sets).values()))
+    return Setting(base, [_task(base, task) for task in sets], list(bank(sets, epochs, rate=rate).values()))
 
 
 def _task(base: nn.Module, task: Images) -> Task:

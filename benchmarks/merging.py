@@ -22,8 +22,13 @@ was made of:
 
 "negate": the network forgets a task and keeps 95 % of its accuracy on CIFAR-10, under the head that it was trained
 with. Vectors are taken back by the scale that leaves least of the target and keeps this on control images of
-validation; AdamW (gradient ascent on the target as published, 64 images of each in a step) by its best step, and
-`fipgeo.atlas.forget_` as it is. Accuracies are on test images, by which nothing is chosen.
+validation; AdamW (gradient ascent on the target as published, 64 images of each in a step) by its best step;
+`fipgeo.atlas.forget_` from where Iso-C ends, with half of those control images set apart to judge the floor. That start
+and that half were chosen on 1,500 further images of the control and 600 of each target, which are neither for
+validation nor for the test. Accuracies are on test images, by which nothing is chosen.
+
+"bank": the same tasks with vectors of gentler fine-tuning, by mean accuracy on validation images: each task by its own
+vector, and merges of all. The bank of the other cells is the first, the best by own vectors and by their scaled sum.
 
 Records go to benchmarks/results/merging.json, cell by cell; what is there is not measured again without --again.
 """
@@ -42,12 +47,16 @@ from benchmarks.cells import Cell, Record, measure, options
 from benchmarks.learned import LEARNED, NEGATED
 from benchmarks.merges import ADDED, Setting, Task, control, setting
 
-DRAWN = {"DARE", "AdaMerging", "AdaMerging on test", "AdamW"}
+BANKS = ((6, 1e-3), (12, 3e-4), (12, 1e-4))
+"""Epochs and learning rate."""
+MERGED = ("weight averaging", "isotropic", "TSV", "Iso-C")
+"""Rules that banks are compared by."""
+DRAWN = {"DARE", "AdaMerging", "AdaMerging on test", "AdamW", "fipgeo"}
 """Methods with a seed of their own."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = options(__doc__, ["add", "negate"], [0, 1, 2])
+    parser = options(__doc__, ["add", "negate", "bank"], [0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=list(FILES), choices=list(FILES), help="to be forgotten")
     parser.add_argument("--methods", nargs="+", help="such as fipgeo, AdamW, TIES")
     args = parser.parse_args(arguments)
@@ -70,6 +79,10 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
                     about = {"case": f"negate/{task}", "method": method, "seed": seed}
                     yield Cell(about, partial(negated, task, method, seed))
 
+    for epochs, rate in BANKS if "bank" in args.cells else ():
+        about = {"case": f"bank/{epochs} epochs at {rate}", "method": "fine-tuning", "seed": 0}
+        yield Cell(about, partial(compared, epochs, rate))
+
 
 @cache
 def given() -> tuple[Setting, Task]:
@@ -87,6 +100,16 @@ def added(method: str, seed: int) -> list[Record]:
     net, chosen = (ADDED | LEARNED)[method](at, seed)
     rule = {"figure": "validation", "value": round(at.validated(net), 2), "unit": "%"}
     return [accuracy(at.rows(net, "test"), chosen), rule]
+
+
+def compared(epochs: int, rate: float) -> list[Record]:
+    """Mean accuracies of a bank on validation images, and the mean norm of its vectors."""
+    at = setting(epochs=epochs, rate=rate)
+    alone = [at.only(place) for place in range(len(at.tasks))]
+    own = statistics.fmean(one.validated(one.whole.apply_to(one.base)) for one in alone)
+    found = {"individual vectors": own, "norm": statistics.fmean(vector.norm() for vector in at.vectors)}
+    found |= {rule: at.validated(ADDED[rule](at, 0)[0]) for rule in MERGED}
+    return [{"figure": n, "value": round(v, 2), "unit": "" if n == "norm" else "%"} for n, v in found.items()]
 
 
 def accuracy(rows: dict[str, float], chosen: str) -> Record:

@@ -12,10 +12,14 @@ vector is left out; every method starts from the head that those images make (`b
 60 steps of AdamW with a cosine, on all weights and the head (full fine-tuning), on the head (linear probe), or on
 low-rank additions to all kernels and the head (LoRA, rank 16). "fipgeo" learns a coefficient for each of the other
 tasks' vectors and each tensor, and leaves the head as it is; with "moving head" coefficients are learned by AdamW under
-the head that the images have at them, and "then fine-tuning" goes on from there with all weights, at the rate of full
-fine-tuning. "select": coefficients with two vectors for each tensor, chosen by leverage
-(`fipgeo.atlas.choose_vectors`) or by the gradient of each block. "parts": 1 % or 5 % of a target's training file;
-vectors cut into random parts, so many that coefficients are as many as the numbers of LoRA of rank 1, both by AdamW.
+the head that the images have at them, and "then fine-tuning" goes on from there with all weights, at a rate of full
+fine-tuning. "all layers": no head, but ridge regression on what all layers see (`fipgeo.atlas.HiddenClassifier`), of
+the network as it is, or with coefficients that the evidence of the images gives (`fipgeo.atlas.fit_hidden_`). How
+layers are seen and how many steps are taken was chosen once, on validation images of Fashion-MNIST, GTSRB and the
+targets, from draws of other seeds.
+"select": coefficients with two vectors for each tensor, chosen by leverage (`fipgeo.atlas.choose_vectors`) or by the
+gradient of each block. "parts": 1 % or 5 % of a target's training file; vectors cut into random parts, so many that
+coefficients are as many as the numbers of LoRA of rank 1, both by AdamW.
 Accuracies are on test images, by which nothing is chosen.
 
 Records go to benchmarks/results/transfer.json, cell by cell; what is there is not measured again without --again.
@@ -29,7 +33,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from benchmarks.cells import Cell, Record, measure, options
 from benchmarks.merges import Labelled, Setting, setting
@@ -110,7 +114,7 @@ def rate(method: str) -> Record:
 
 
 def measured(
-    learn: Callable[[Lesson, float], nn.Module],
+    learn: Callable[[Lesson, float], Callable[[Tensor], Tensor]],
     rated: str,
     name: str,
     seed: int,

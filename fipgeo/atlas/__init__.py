@@ -3,6 +3,7 @@
 from fipgeo.atlas.composition import Composition
 from fipgeo.atlas.few_shot import CacheAdapter, FewShot, LinearProbe, class_means, few_shot_
 from fipgeo.atlas.goals import Goal
+from fipgeo.atlas.hidden import HiddenClassifier, fit_hidden_
 from fipgeo.atlas.kinds import Isotropic, Kind, Partitions, PerBlock, PerLayer, partition
 from fipgeo.atlas.losses import Loss, square
 from fipgeo.atlas.recipes import dare, elect, lines, ties, trim
@@ -17,6 +18,7 @@ __all__ = [
     "FewShot",
     "Fit",
     "Goal",
+    "HiddenClassifier",
     "Isotropic",
     "Kind",
     "LinearProbe",
@@ -33,6 +35,7 @@ __all__ = [
     "elect",
     "few_shot_",
     "fit_",
+    "fit_hidden_",
     "forget_",
     "isotropise",
     "lines",
