@@ -93,8 +93,8 @@ and clothes; `python -m benchmarks.learn` measures it, [Learning](docs/learning.
 - fine-tuning: {learned("fine-tuning")}.
 
 CIFAR-10 in five pairs of classes under one head, from a ResNet-8 that knows the first pair: a linear readout of all its
-layers, remembered in closed form with no image kept, ends at {average(READOUT)} on average; replay by distillation, with
-50 images kept of each class, at {average("KD replay")}.
+layers, remembered in closed form with no image kept, ends at {average(READOUT)} on average; replay by distillation,
+with 50 images kept of each class, at {average("KD replay")}.
 """
     return "\n\n".join(part if part[0] in "|-" else WRAP.fill(part) for part in paragraphs.strip().split("\n\n"))
 

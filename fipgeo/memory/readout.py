@@ -46,7 +46,10 @@ class Solved(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ReadoutSketch:
-    """A and B of some examples; `a + b` remembers both, `a - b` forgets what was in a, `0.5 * a` counts it by half.
+    """A and B of some examples; `a + b` remembers both, `a - b` forgets b again, `0.5 * a` counts a by half.
+
+    The system has an equation for each feature. Where examples are fewer than these, `fipgeo.atlas.HiddenClassifier` has
+    one for each example.
 
     Attributes:
         gram: A `[F + 1, F + 1]`, float64; its last entry is N.
