@@ -48,8 +48,8 @@ class Solved(NamedTuple):
 class ReadoutSketch:
     """A and B of some examples; `a + b` remembers both, `a - b` forgets b again, `0.5 * a` counts a by half.
 
-    The system has an equation for each feature. Where examples are fewer than these, `fipgeo.atlas.HiddenClassifier` has
-    one for each example.
+    The system has an equation for each feature. Where examples are fewer, `fipgeo.atlas.HiddenClassifier` has one for
+    each example.
 
     Attributes:
         gram: A `[F + 1, F + 1]`, float64; its last entry is N.
