@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import fipgeo
 from benchmarks.baselines import Found, Pace, Task, counted, goal, normalised, outputs, timed, zeros
-from benchmarks.methods import BASELINES, FIXED, GRIDS, HELD_OUT, OURS, STATISTICS, agreement, rate_of
+from benchmarks.methods import BASELINES, FAMILY, FIXED, GRIDS, HELD_OUT, OURS, STATISTICS, agreement, rate_of
 from benchmarks.pretrained import held_out, load
 from benchmarks.records import RESULTS, read, write
 
@@ -103,6 +103,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="measure the learning rates of the baselines")
     parser.add_argument("--score", help="of fipgeo, instead of sparsify's own choice; named in the record")
     parser.add_argument("--corrector", help="of fipgeo, instead of sparsify's own choice; named in the record")
+    parser.add_argument("--pattern", help="of fipgeo: N:M, such as 2:4; named in the record, whose level it decides")
     parser.add_argument("--final-steps", type=int, help="minibatches of a last first-order correction; named too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
@@ -110,6 +111,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def levels(model: str, args: argparse.Namespace) -> list[float]:
+    if args.pattern:
+        return [1 - divided(args.pattern)]
     return args.levels or LEVELS + EXTRA.get(model, [])
 
 
@@ -124,9 +127,15 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
                 yield Cell(model, level, inputs, method, 0 if method in FIXED else seed)
 
 
+def divided(pattern: str) -> float:
+    """Share of weights that N:M leaves."""
+    kept, group = map(int, pattern.split(":"))
+    return kept / group
+
+
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """What is asked of fipgeo beside its defaults."""
-    return {key: getattr(args, key) for key in ("score", "corrector", "final_steps") if getattr(args, key)}
+    return {key: getattr(args, key) for key in ("score", "corrector", "final_steps", "pattern") if getattr(args, key)}
 
 
 def named(cell: Cell, args: argparse.Namespace) -> Cell:
@@ -150,7 +159,8 @@ def measure(cell: Cell, args: argparse.Namespace) -> None:
     def note(level: float, method: str, found: Found) -> None:
         value = 100 * float(outputs(found.model, x_test).argmax(1).eq(y_test).double().mean())
         record = {"case": case(cell.model, level, cell.inputs), "method": method, "figure": "test_accuracy"}
-        record |= {"value": round(value, 2), "unit": "%", "seed": cell.seed} | verified(found, model, level)
+        least = 0.0 if args.pattern else level  # a pattern leaves runs alone that are too short
+        record |= {"value": round(value, 2), "unit": "%", "seed": cell.seed} | verified(found, model, least)
         write("sparsify", [record], args.folder)
         print(f"{record['case']:<56} {method:<34} {value:6.2f} %  {found.cpu_seconds:.0f} s", flush=True)
 
@@ -171,12 +181,16 @@ def ours(model: nn.Module, inputs: Tensor, level: float, seed: int, options: dic
     if final := options.get("final_steps"):
         options = {k: v for k, v in options.items() if k != "final_steps"}
         options["corrector"] = fipgeo.FirstOrder(final_steps=final)
+    target: float | None = level
+    if pattern := options.get("pattern"):
+        kept, group = map(int, pattern.split(":"))
+        target, options = None, options | {"pattern": fipgeo.NofM(kept, group)}
     names, wall, cpu = counted(model), time.perf_counter(), time.process_time()
     others = {name for name, _ in model.named_parameters()} - set(names)
     path = fipgeo.sparsify(
         model,
         inputs,
-        level,
+        target,
         exclude=(lambda name, _: name not in names) if others else None,
         held_out=HELD_OUT,
         generator=seed,
@@ -209,9 +223,10 @@ def verified(found: Found, dense: nn.Module, level: float) -> dict[str, Any]:
 
 
 def tunings(args: argparse.Namespace) -> Iterator[Cell]:
-    """One for each network and family of baselines."""
+    """One for each network and family of which a method was asked for."""
+    families = {FAMILY.get(method, method) for method in args.methods}
     for model, method in product(args.models, GRIDS):
-        if method in args.methods:
+        if method in families:
             yield Cell(model, TUNED_AT, args.inputs[0], method, 0)
 
 

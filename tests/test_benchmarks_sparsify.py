@@ -256,6 +256,13 @@ def test_the_grid_measures_what_is_missing_and_nothing_twice(grid: list[str], tm
     assert_page_is_the_file(tmp_path / "sparsify.json")
 
 
+def test_a_pattern_decides_the_level(grid: list[str], tmp_path: Path) -> None:
+    sparsify.main([*grid, "--pattern", "1:4", "--methods", "fipgeo"])
+    found = next(r for r in records.read("sparsify", tmp_path) if r["method"] != "dense")
+    assert found["method"] == "fipgeo, pattern=1:4" and curves.parsed(found["case"])[1] == 0.75
+    assert 0.6 < found["zeros"] <= 0.75
+
+
 def test_budgets_are_what_our_own_path_took_and_missing_ones_are_said(grid: list[str], tmp_path: Path, capsys) -> None:
     cell = sparsify.Cell("net", 0.5, 24, "magnitude + KD (Adam)", 0)
     args = sparsify.parsed(grid)
@@ -273,7 +280,7 @@ def test_budgets_are_what_our_own_path_took_and_missing_ones_are_said(grid: list
 
 def test_rates_are_the_best_that_were_measured(grid: list[str], tmp_path: Path) -> None:
     assert methods.rate_of("net", methods.GRADUAL_TAPS, tmp_path) == methods.RATES[methods.GRADUAL]
-    sparsify.main([*grid, "--tune", "--methods", methods.GRADUAL, "--budget", "0.02"])
+    sparsify.main([*grid, "--tune", "--methods", methods.GRADUAL_TAPS, "--budget", "0.02"])
     found = records.read("rates", tmp_path)
     assert [r["rate"] for r in found] == list(methods.GRIDS[methods.GRADUAL])
     best = max(found, key=lambda r: r["value"])
