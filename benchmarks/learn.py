@@ -4,6 +4,7 @@
     python -m benchmarks.learn --settings mnist_fashion --methods fipgeo "KD replay" --seeds 0 1 2
     python -m benchmarks.learn --settings mnist_fashion --methods fipgeo --ours "epochs=6,lr=0.05"
     python -m benchmarks.learn --tune --settings mnist_fashion             options of the baselines
+    python -m benchmarks.learn --tune --settings split_cifar10 --methods fipgeo --ours "readout=True,ridge=30"
     python -m benchmarks.learn --plan                                      what would be run, and nothing else
 
 `benchmarks.streams` says what the settings are. A cell is (setting, kept inputs, method, seed); those on record are
@@ -126,7 +127,7 @@ def fipgeo_remember(model: nn.Module, task: Task, seed: int, state: dict[str, An
     """
     if options.get("readout") and "readout" not in state:
         about = {key: options[key] for key in ("cells", "width") if key in options}
-        state["features"] = fipgeo.memory.HiddenFeatures(model, task.x, **about)
+        state["features"] = fipgeo.memory.HiddenFeatures(fipgeo.MetricField(model, task.x), **about)
         state["readout"] = fipgeo.memory.ReadoutSketch.of(state["features"], task.x, targets="model")
     if options.get("sketch"):
         which = torch.randperm(len(task.x), generator=torch.Generator().manual_seed(seed))[:SKETCHED]
@@ -138,10 +139,9 @@ def fipgeo_learn(lesson: Lesson, state: dict[str, Any], **options: Any) -> tuple
     """One task by the library: the network after it, and figures for the record.
 
     Options are those of `fipgeo.adapt`, and `views` of each kept input (see `fipgeo.memory.views`); or `sketch=True`
-    and those of `fipgeo.optim.FIP`, or `readout=True`, those of `fipgeo.memory.HiddenFeatures` and a ridge (the one on
-    record was the best of 10, 30, 100 and 300 on held-out training images, with two seeds), and no kept input is looked
-    at. Epochs may not go beyond the budget of minibatches. A tenth of the kept inputs is held out. `state` is that of
-    `fipgeo_remember`.
+    and those of `fipgeo.optim.FIP`, or `readout=True`, those of `fipgeo.memory.HiddenFeatures` and a ridge, and no kept
+    input is looked at. Epochs may not go beyond the budget of minibatches. A tenth of the kept inputs is held out.
+    `state` is that of `fipgeo_remember`.
     """
     if options.get("readout"):
         features, (x, y) = state["features"], (lesson.task.x, lesson.task.y)
@@ -339,18 +339,17 @@ def options_for(method: str, stream: Stream, case: str, folder: Path) -> dict[st
 
 
 def tune(cell: Cell, args: argparse.Namespace) -> None:
-    """Average accuracy on held-out training data after a shorter run, for every option of the grid."""
-    if cell.method == OURS:
-        return
+    """Average accuracy on held-out training data after a shorter run, for every option of the grid; ours by --ours."""
+    own = cell.method == OURS
     stream = stream_of(cell)
     case = cell.case(stream)
     stream = replace(stream, tasks=[task.for_tuning() for task in stream.tasks])
     known = {(r["case"], r["method"]) for r in read("learn_rates", args.folder)}
-    for options in grid(cell.method, stream):
-        name = ", ".join([cell.method, *(f"{key}={value:g}" for key, value in options.items())])
+    for options in [args.ours] * bool(args.ours) if own else grid(cell.method, stream):
+        name = ", ".join([cell.method, *(f"{k}={v if own else format(v, 'g')}" for k, v in options.items())])
         if (case, name) in known and not args.again:
             continue
-        found, notes = run(stream, METHODS[cell.method](**options), cell.seed, args.share)
+        found, notes = run(stream, Ours(**options) if own else METHODS[cell.method](**options), cell.seed, args.share)
         value = round(100 * found.average_accuracy(), 2)
         record = {"case": case, "method": name, "figure": "average_accuracy", "value": value, "unit": "%", "seed": 0}
         write("learn_rates", [record | {"family": cell.method, "options": options} | notes], args.folder)

@@ -112,7 +112,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 def levels(model: str, args: argparse.Namespace) -> list[float]:
     if args.pattern:
-        return [1 - divided(args.pattern)]
+        found = pattern_of(args.pattern)
+        return [1 - found.n / found.m]
     return args.levels or LEVELS + EXTRA.get(model, [])
 
 
@@ -127,10 +128,9 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
                 yield Cell(model, level, inputs, method, 0 if method in FIXED else seed)
 
 
-def divided(pattern: str) -> float:
-    """Share of weights that N:M leaves."""
-    kept, group = map(int, pattern.split(":"))
-    return kept / group
+def pattern_of(text: str) -> fipgeo.NofM:
+    """What "2:4" means."""
+    return fipgeo.NofM(*map(int, text.split(":")))
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
@@ -182,9 +182,8 @@ def ours(model: nn.Module, inputs: Tensor, level: float, seed: int, options: dic
         options = {k: v for k, v in options.items() if k != "final_steps"}
         options["corrector"] = fipgeo.FirstOrder(final_steps=final)
     target: float | None = level
-    if pattern := options.get("pattern"):
-        kept, group = map(int, pattern.split(":"))
-        target, options = None, options | {"pattern": fipgeo.NofM(kept, group)}
+    if "pattern" in options:
+        target, options = None, options | {"pattern": pattern_of(options["pattern"])}
     names, wall, cpu = counted(model), time.perf_counter(), time.process_time()
     others = {name for name, _ in model.named_parameters()} - set(names)
     path = fipgeo.sparsify(

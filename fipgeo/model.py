@@ -114,11 +114,16 @@ class OutputMap:
         self.module = unwrapped(module)
         space = WeightSpace.of(self.module, params)
         self.space, self.dtype = (space if dtype is None else replace(space, dtype=dtype)), dtype
-        self._caller = _Caller(self.module, forward_fn or default_forward, output_fn)
+        self.caller = _Caller(self.module, forward_fn or default_forward, output_fn)
         self.buffers: Mapping[str, Tensor] = {}
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in self.module.modules())
         self._dtypes = {n: dtype or p.dtype for n, p in self.module.named_parameters() if n in space.shapes}
         _check_normalisation(self.module)
+
+    def with_module(self, module: nn.Module) -> OutputMap:
+        """The same map of another module of this kind, with all its parameters as coordinates."""
+        calls = {"forward_fn": self.caller.forward_fn, "output_fn": self.caller.output_fn}
+        return OutputMap(module, "*", **calls, dtype=self.dtype)
 
     def point(self) -> Tensor:
         """The module's present weights, a flat copy `[D]`."""
@@ -147,7 +152,7 @@ class OutputMap:
     def raw(self, weights: Mapping[str, Tensor], batch: Any) -> Any:
         """What the module returns, in its own structure, as `call` evaluates it; call it inside `frozen()`."""
         buffers = {n: self.buffers.get(n, b).clone() for n, b in self.module.named_buffers()}
-        return torch.func.functional_call(self._caller, self._swap(weights, buffers), (copied(batch, self.dtype),))
+        return torch.func.functional_call(self.caller, self._swap(weights, buffers), (copied(batch, self.dtype),))
 
     def tapped(
         self, weights: Mapping[str, Tensor], batch: Any, taps: list[str]
@@ -275,7 +280,7 @@ class OutputMap:
                 it switches to train mode, or the batch lies on another device than the weights.
         """
         where = {str(t.device) for t in input_tensors(batch)} - {str(self.space.device)}
-        if where and self._caller.forward_fn is default_forward:
+        if where and self.caller.forward_fn is default_forward:
             raise ValueError(
                 f"inputs: the batch is on {sorted(where)[0]}, the weights on {self.space.device}; move the data, or"
                 " pass forward_fn=lambda model, batch: model(batch.to(device))"

@@ -236,6 +236,19 @@ def test_options_are_the_best_that_were_measured(grid: list[str], tmp_path: Path
     assert len(held.x) == 36 and torch.equal(torch.cat([held.x, held.x_test]), whole.tasks[0].x)
 
 
+def test_readouts_learn_the_tasks_without_an_input_kept(grid: list[str], tmp_path: Path) -> None:
+    asked = [*grid, "--methods", "fipgeo", "--ours", "readout=True,ridge=1"]
+    learn.main([*asked, "--tune"])
+    tuned = records.read("learn_rates", tmp_path)
+    assert [(r["method"], r["family"]) for r in tuned] == [("fipgeo, readout=True, ridge=1", "fipgeo")]
+    learn.main(asked)
+    found = {r["figure"]: r for r in records.read("learn", tmp_path)}
+    assert found["average_accuracy"]["value"] > 80 and found["average_accuracy"]["passes"] == 1
+    whole, learner = stream(), learn.Ours(readout=True, ridge=1.0)
+    learn.run(whole, learner, 0)
+    assert learner.at["readout"].count == sum(len(task.x) for task in whole.tasks)  # each task once
+
+
 def test_budgets_and_failures_are_said(grid: list[str], capsys) -> None:
     with pytest.raises(SystemExit, match="1 cells failed"):
         learn.main([*grid, "--methods", "fipgeo", "--ours", "epochs=5"])

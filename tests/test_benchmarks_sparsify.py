@@ -256,11 +256,19 @@ def test_the_grid_measures_what_is_missing_and_nothing_twice(grid: list[str], tm
     assert_page_is_the_file(tmp_path / "sparsify.json")
 
 
-def test_a_pattern_decides_the_level(grid: list[str], tmp_path: Path) -> None:
+def test_a_pattern_decides_the_level(grid: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, quick = [], sparsify.fipgeo.sparsify
+
+    def noted(*args: Any, **options: Any) -> fipgeo.PathResult:
+        asked.append((args[2], options["pattern"]))
+        return quick(*args, **options)
+
+    monkeypatch.setattr(sparsify.fipgeo, "sparsify", noted)
     sparsify.main([*grid, "--pattern", "1:4", "--methods", "fipgeo"])
     found = next(r for r in records.read("sparsify", tmp_path) if r["method"] != "dense")
+    assert asked == [(None, fipgeo.NofM(1, 4))]
     assert found["method"] == "fipgeo, pattern=1:4" and curves.parsed(found["case"])[1] == 0.75
-    assert 0.6 < found["zeros"] <= 0.75
+    assert 0.6 < found["zeros"] < 0.75  # the convolution has no run of four
 
 
 def test_budgets_are_what_our_own_path_took_and_missing_ones_are_said(grid: list[str], tmp_path: Path, capsys) -> None:

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fipgeo.data import Batches, Generator, ListBatches, as_batches
+from fipgeo.data import Batches, Generator, ListBatches
+from fipgeo.field import MetricField
 from fipgeo.jacobian import EmbeddedOutputs
-from fipgeo.jacobian.embedded import Mask
 from fipgeo.linalg import as_generator
-from fipgeo.model import ForwardFn, OutputFn, OutputMap, unwrapped
+from fipgeo.model import default_forward
 from fipgeo.outputs import Euclidean, widened
 from fipgeo.paths.layers import Call, Watcher, owned
 from fipgeo.trees import input_tensors
@@ -40,15 +40,11 @@ class HiddenFeatures(nn.Module):
     they become that many rectified random projections relu(P h + b), P ~ N(0, 1 / F) and b ~ N(0, 1 / 4).
 
     Args:
-        model: Any module; copied, and evaluated in eval mode.
-        inputs: Inputs by which numbers are standardised: tensor, list of batches or loader; no labels are needed.
+        field: Model, which is copied, and inputs, by which numbers are standardised. Its mask says which positions
+            count; its geometry and its choice of parameters play no part.
         cells: Parts of each axis of what a convolution sees; an axis that is shorter stays as it is. None for 3, or 2
             or 1 where that makes more than `width` numbers.
         width: Most features; None for as many as there are.
-        batch_size: Examples in a batch when `inputs` is a tensor.
-        forward_fn: (model, batch) -> raw outputs, for models with a signature of their own.
-        output_fn: raw outputs -> the class scores `[n, C]`.
-        mask: Which positions count (see `MetricField`).
         generator: Source of P and b.
 
     Attributes:
@@ -63,7 +59,7 @@ class HiddenFeatures(nn.Module):
 
     Examples:
         >>> net, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 3)
-        >>> features = HiddenFeatures(net, x)
+        >>> features = HiddenFeatures(MetricField(net, x))
         >>> features(x).shape, features(x).mean(0).abs().max() < 1e-4
         (torch.Size([64, 11]), tensor(True))
     """
@@ -76,26 +72,21 @@ class HiddenFeatures(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
-        inputs: Any,
+        field: MetricField,
         *,
         cells: int | None = None,
         width: int | None = WIDTH,
-        batch_size: int | None = None,
-        forward_fn: ForwardFn | None = None,
-        output_fn: OutputFn | None = None,
-        mask: Mask = None,
         generator: Generator = None,
     ) -> None:
         super().__init__()
         if min(cells or 1, width or 1) < 1 or 0 in (cells, width):
             raise ValueError(f"cells, width: got {cells} and {width}, expected at least 1, or None")
-        self.model = copy.deepcopy(unwrapped(model)).requires_grad_(False)
-        self.mask, self.forward_fn, self.output_fn = mask, forward_fn, output_fn
+        self.model = copy.deepcopy(field.map.module).requires_grad_(False)
+        self._map, self.mask = field.map.with_module(self.model), field.function.mask
         for name in ("places", "mean", "scale", "projection", "shift"):
             self.register_buffer(name, None)
-        batches = as_batches(inputs, batch_size)
-        OutputMap(self.model, "*", forward_fn=forward_fn, output_fn=output_fn).check(batches.first())
+        batches = field.function.batches
+        self._map.check(batches.first())
         for self.cells in (FINEST, 2, 1) if cells is None else (cells,):
             if self._choose(batches.first()) <= (width or math.inf):
                 break
@@ -164,9 +155,9 @@ class HiddenFeatures(nn.Module):
 
     def _seen(self, batch: Any) -> tuple[list[tuple[str, Tensor]], tuple[Tensor, ...]]:
         """What every linear map saw, in the order of the forward pass, with its name, and the outputs."""
-        if self.forward_fn is None and isinstance(batch, tuple | list):
+        model = self._map.with_module(self.model)  # anew, as the module may have moved
+        if model.caller.forward_fn is default_forward and isinstance(batch, tuple | list):
             batch = batch[0]  # labels are neither the network's nor the mask's
-        model = OutputMap(self.model, "*", forward_fn=self.forward_fn, output_fn=self.output_fn)
         function = EmbeddedOutputs(model, Euclidean(), ListBatches([batch]), self.mask)
         weights, n = owned(model, model.point()), len(next(input_tensors(batch)))
         mask = None if self.mask is None else function.mask_of(batch) != 0

@@ -57,8 +57,9 @@ class ReadoutSketch:
         energy: sum |y|^2 of every output, `[C]`, float64.
 
     Examples:
+        >>> from fipgeo import MetricField
         >>> x, y = torch.eye(4), torch.tensor([0, 1, 0, 1])
-        >>> features = HiddenFeatures(nn.Linear(4, 2), x)
+        >>> features = HiddenFeatures(MetricField(nn.Linear(4, 2), x))
         >>> old, new = (ReadoutSketch.of(features, (x[i], y[i])) for i in ([0, 1], [2, 3]))
         >>> (old + new).readout(features, ridge=1e-6)(x).argmax(1)
         tensor([0, 1, 0, 1])

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from fipgeo import MetricField
+from fipgeo.jacobian.embedded import Mask
 from fipgeo.memory import HiddenFeatures
 
 SEEDS = st.integers(0, 2**31)
@@ -18,6 +20,12 @@ SEEDS = st.integers(0, 2**31)
 
 def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def hidden(
+    net: nn.Module, x: Tensor, *, batch_size: int | None = None, mask: Mask = None, **options: int | None
+) -> HiddenFeatures:
+    return HiddenFeatures(MetricField(net, x, batch_size=batch_size, mask=mask), **options)
 
 
 def convolutions(seed: int) -> nn.Sequential:
@@ -35,7 +43,7 @@ def convolutions(seed: int) -> nn.Sequential:
 @given(SEEDS, st.integers(1, 4))
 def test_features_are_the_inputs_of_the_maps_pooled_and_standardised(seed: int, cells: int) -> None:
     net, x = convolutions(seed), draw(seed + 50, 16, 2, 6, 6)
-    features = HiddenFeatures(net.train(), x, cells=cells, batch_size=5)
+    features = hidden(net.train(), x, cells=cells, batch_size=5)
     net.eval()
     with torch.no_grad():
         middle = net[:4](x)
@@ -52,20 +60,20 @@ def test_the_grid_is_as_fine_as_the_width_allows() -> None:
     net, x = convolutions(0), draw(1, 8, 2, 6, 6)
     numbers = [2 * k * k + 4 * k * k + 12 for k in (1, 2, 3)]
     for width, cells in ((numbers[2], 3), (numbers[2] - 1, 2), (numbers[0], 1), (None, 3)):
-        assert HiddenFeatures(net, x, width=width).cells == cells
-    narrow = HiddenFeatures(net, x, width=7)
+        assert hidden(net, x, width=width).cells == cells
+    narrow = hidden(net, x, width=7)
     assert narrow.cells == 1 and narrow.num_features == 7
     assert narrow(x).shape == (8, 7) and bool((narrow(x) >= 0).all())
-    assert torch.equal(narrow(x), HiddenFeatures(net, x, width=7)(x))
-    assert not torch.equal(narrow(x), HiddenFeatures(net, x, width=7, generator=1)(x))
+    assert torch.equal(narrow(x), hidden(net, x, width=7)(x))
+    assert not torch.equal(narrow(x), hidden(net, x, width=7, generator=1)(x))
     small = draw(2, 8, 2, 4, 4)  # the second convolution sees an image of four by four, of which no more can be had
     net = nn.Sequential(*list(net)[:5], nn.Flatten(), nn.Linear(3, 2).double())
-    assert HiddenFeatures(net, small, cells=9).num_features <= 2 * 16 + 4 * 16 + 3
+    assert hidden(net, small, cells=9).num_features <= 2 * 16 + 4 * 16 + 3
 
 
 def test_projections_are_rectified_and_of_unit_size() -> None:
     net, x = convolutions(0), draw(1, 8, 2, 6, 6)
-    wide, narrow = HiddenFeatures(net, x, cells=2, width=None), HiddenFeatures(net, x, cells=2, width=20)
+    wide, narrow = hidden(net, x, cells=2, width=None), hidden(net, x, cells=2, width=20)
     matrix, shift = narrow.projection, narrow.shift
     assert matrix is not None and shift is not None and matrix.shape == (wide.num_features, 20)
     torch.testing.assert_close(narrow(x), (wide(x) @ matrix + shift).relu())
@@ -100,7 +108,7 @@ def test_padding_says_nothing_and_shared_inputs_count_once(first: bool) -> None:
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 9, (6, 5), generator=random)
     ids[2, 3:], ids[4, 2:] = 0, 0
-    features = HiddenFeatures(net, ids, mask=lambda batch: batch != 0)
+    features = hidden(net, ids, mask=lambda batch: batch != 0)
     assert features.num_features == 16  # attention's input, its output projection's, one for q, k and v, the head's
     assert torch.equal(features((ids, torch.zeros(6))), features(ids))  # labels beside the inputs are not looked at
     longer = torch.cat([ids, torch.zeros(6, 4, dtype=torch.long)], 1)
@@ -116,7 +124,7 @@ def test_nothing_of_the_users_is_changed() -> None:
     before, given = copy.deepcopy(net.state_dict()), x.clone()
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    features = HiddenFeatures(net, x)
+    features = hidden(net, x)
     h = features(x)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(x, given) and net.training
     assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
@@ -141,11 +149,11 @@ def test_bad_arguments_are_named() -> None:
     net, x = nn.Linear(3, 2), torch.rand(6, 3, generator=torch.Generator().manual_seed(0))
     for cells, width in ((0, 5), (5, 0), (-1, None)):
         with pytest.raises(ValueError, match="cells, width: got"):
-            HiddenFeatures(net, x, cells=cells, width=width)
+            hidden(net, x, cells=cells, width=width)
     with pytest.raises(ValueError, match="nothing that the network computes differs"):
-        HiddenFeatures(net, torch.ones(6, 3))
+        hidden(net, torch.ones(6, 3))
     with pytest.raises(ValueError, match="no linear map sees the inputs"):
-        HiddenFeatures(nn.LayerNorm(3), x)
-    features = HiddenFeatures(Forking(), x)
+        hidden(nn.LayerNorm(3), x)
+    features = hidden(Forking(), x)
     with pytest.raises(ValueError, match="went through 2 linear maps, those that features were made of through 1"):
         features(-x)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fipgeo import MetricField
 from fipgeo.memory import HiddenFeatures, Readout, ReadoutSketch
 
 SEEDS = st.integers(0, 2**31)
@@ -32,6 +33,10 @@ def task(seed: int, count: int, classes: int) -> tuple[Tensor, Tensor]:
     return draw(seed, count, 3), torch.arange(count) % classes
 
 
+def hidden(net: nn.Module, x: Tensor) -> HiddenFeatures:
+    return HiddenFeatures(MetricField(net, x))
+
+
 def close(one: ReadoutSketch, other: ReadoutSketch) -> None:
     for name in ("gram", "cross", "energy"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-10, atol=1e-10)
@@ -42,7 +47,7 @@ def close(one: ReadoutSketch, other: ReadoutSketch) -> None:
 def test_the_weights_are_the_stacked_least_squares(seed: int, ridge: float) -> None:
     """Against least squares on the examples with sqrt(ridge) times the identity below them, centred for the bias."""
     x, y = task(seed, 20, 3)
-    features = HiddenFeatures(network(seed + 1), draw(seed + 9, 15, 3) + 1)  # so that means are not zero
+    features = hidden(network(seed + 1), draw(seed + 9, 15, 3) + 1)  # so that means are not zero
     h, t = features(x), torch.eye(3, dtype=torch.float64)[y]
     stacked = torch.cat([h - h.mean(0), ridge**0.5 * torch.eye(h.shape[1], dtype=h.dtype)])
     wanted = torch.cat([t - t.mean(0), torch.zeros(h.shape[1], 3, dtype=h.dtype)])
@@ -58,7 +63,7 @@ def test_the_ridge_is_that_of_least_generalised_cross_validation(seed: int) -> N
     """Against the hat matrix of the examples themselves, on a grid of ridges around the one that was found."""
     x, y = task(seed, 24, 2)
     y = y ^ (x[:, 0] > 0).long()  # not pure noise
-    features = HiddenFeatures(network(seed + 1), draw(seed + 9, 15, 3) + 1)
+    features = hidden(network(seed + 1), draw(seed + 9, 15, 3) + 1)
     h, t = features(x), torch.eye(2, dtype=torch.float64)[y]
     h, t = h - h.mean(0), t - t.mean(0)
 
@@ -76,7 +81,7 @@ def test_the_ridge_is_that_of_least_generalised_cross_validation(seed: int) -> N
 @given(SEEDS, st.integers(1, 4), st.integers(1, 4))
 def test_sketches_are_a_commutative_group_and_forgetting_is_exact(seed: int, few: int, more: int) -> None:
     first, second, third = task(seed, 11, few), task(seed + 1, 9, more), task(seed + 2, 7, 3)
-    features = HiddenFeatures(network(seed + 3), first[0])
+    features = hidden(network(seed + 3), first[0])
     a, b, c = (ReadoutSketch.of(features, data) for data in (first, second, third))
     close(a + b, b + a)
     close((a + b) + c, a + (b + c))
@@ -94,7 +99,7 @@ def test_sketches_are_a_commutative_group_and_forgetting_is_exact(seed: int, few
 @torch.no_grad()
 def test_distances_on_examples_are_known_without_them(seed: int) -> None:
     old, new = task(seed, 12, 2), task(seed + 1, 10, 3)
-    features = HiddenFeatures(network(seed + 2), old[0])
+    features = hidden(network(seed + 2), old[0])
     a, b = ReadoutSketch.of(features, old), ReadoutSketch.of(features, new)
     before, after = a.readout(features, 0.1), (a + b).readout(features, 0.1)
     there = torch.cat([before(old[0]), torch.zeros(12, 1, dtype=torch.float64)], 1) - after(old[0])
@@ -105,7 +110,7 @@ def test_distances_on_examples_are_known_without_them(seed: int) -> None:
 def test_what_the_network_says_is_remembered_without_labels() -> None:
     x = draw(0, 30, 3)
     net = network(1)
-    features = HiddenFeatures(net, x)
+    features = hidden(net, x)
     said = net(x).argmax(1)
     close(
         ReadoutSketch.of(features, x, targets="model"),
@@ -116,7 +121,7 @@ def test_what_the_network_says_is_remembered_without_labels() -> None:
 
 def test_numbers_are_learned_as_well_as_classes() -> None:
     x = draw(0, 40, 3)
-    features = HiddenFeatures(network(1), x)
+    features = hidden(network(1), x)
     wanted = features(x) @ draw(2, features.num_features, 2) + 3.0
     readout = ReadoutSketch.of(features, (x, wanted)).readout(features, 1e-9)
     torch.testing.assert_close(readout(x), wanted, rtol=1e-5, atol=1e-5)
@@ -124,7 +129,7 @@ def test_numbers_are_learned_as_well_as_classes() -> None:
 
 def test_a_readout_is_a_module_that_trains_and_is_copied() -> None:
     x, y = task(0, 12, 2)
-    readout = ReadoutSketch.of(HiddenFeatures(network(1), x), (x, y)).readout(HiddenFeatures(network(1), x), 1.0)
+    readout = ReadoutSketch.of(hidden(network(1), x), (x, y)).readout(hidden(network(1), x), 1.0)
     assert [n for n, p in readout.named_parameters() if p.requires_grad] == ["linear.weight", "linear.bias"]
     nn.functional.cross_entropy(readout(x), y).backward()
     assert readout.linear.weight.grad is not None and readout.linear.weight.grad.any()
@@ -136,7 +141,7 @@ def test_a_readout_is_a_module_that_trains_and_is_copied() -> None:
 
 def test_a_file_gives_the_same_sketch(tmp_path: Path) -> None:
     x, y = task(0, 12, 2)
-    sketch = ReadoutSketch.of(HiddenFeatures(network(1), x), (x, y))
+    sketch = ReadoutSketch.of(hidden(network(1), x), (x, y))
     sketch.save(tmp_path / "a.safetensors")
     found = ReadoutSketch.load(tmp_path / "a.safetensors")
     assert all(torch.equal(getattr(found, n), getattr(sketch, n)) for n in ("gram", "cross", "energy"))
@@ -149,8 +154,8 @@ def test_a_file_gives_the_same_sketch(tmp_path: Path) -> None:
 
 def test_bad_arguments_are_named() -> None:
     x, y = task(0, 12, 2)
-    features = HiddenFeatures(network(1), x)
-    sketch, other = ReadoutSketch.of(features, (x, y)), HiddenFeatures(nn.Linear(3, 2).double(), x)
+    features = hidden(network(1), x)
+    sketch, other = ReadoutSketch.of(features, (x, y)), hidden(nn.Linear(3, 2).double(), x)
     with pytest.raises(ValueError, match="targets: got 'teacher'"):
         ReadoutSketch.of(features, x, targets="teacher")
     with pytest.raises(ValueError, match="data: got a batch of Tensor"):
@@ -167,6 +172,7 @@ def test_bad_arguments_are_named() -> None:
         _ = (0.5 * sketch) - sketch
     with pytest.raises(ValueError, match="weight: got -1"):
         _ = -1 * sketch
-    pair = HiddenFeatures(nn.Linear(3, 2).double(), x, forward_fn=lambda model, batch: (model(batch),) * 2)
+    twice = MetricField(nn.Linear(3, 2).double(), x, forward_fn=lambda model, batch: (model(batch),) * 2)
+    pair = HiddenFeatures(twice)
     with pytest.raises(ValueError, match="'model' needs class scores"):
         ReadoutSketch.of(pair, x, targets="model")

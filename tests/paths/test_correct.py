@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fipgeo import FirstOrder, GaussNewton
 from fipgeo.paths import Compensation, Correction, Corrector, Kept, Position
+from fipgeo.paths.correctors import first_order
 
 from .toys import draw, filled, inputs, kept_of, loaded, mlp, same_bits, same_tensors
 
@@ -176,6 +177,26 @@ def test_the_last_first_order_correction_takes_new_statistics_only_where_they_he
     assert kept.loss(found.position) == 0.0
     away = kept.renormalised(Position(position.theta + 0.5, position.buffers))
     assert kept.loss(kept.better_normalised(replace(away, buffers=position.buffers))) <= kept.loss(away)
+
+
+def test_between_corrections_some_inputs_tell_the_statistics_and_at_the_end_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(first_order, "ROUGHLY", 10)
+    kept = kept_of(mlp(4, norm=True), inputs(5, 40), batch_size=10)
+    position = Position(kept.function.map.point() + 0.5, kept.function.map.normalisation())
+    free, corrector = (
+        torch.ones_like(position.theta, dtype=torch.bool),
+        FirstOrder(steps=2, final_steps=2, batch_size=8),
+    )
+    rough = correct(corrector, kept, position, free)
+    there = Position(rough.position.theta, position.buffers)
+    same_tensors(rough.position.buffers, kept.renormalised(there, 10).buffers)
+    assert any(not same_bits(t, rough.position.buffers[n]) for n, t in kept.renormalised(there).buffers.items())
+    last = corrector.correct(kept, position, free, {}, torch.Generator().manual_seed(0), final=True)
+    assert last.cost - rough.cost == 3 * 40 - 10
+    there = Position(last.position.theta, position.buffers)
+    same_tensors(last.position.buffers, kept.better_normalised(there).buffers)
 
 
 def test_gauss_newton_remembers_its_moves() -> None:
