@@ -211,11 +211,12 @@ class LoRA(Distilled):
         """Freeze all but the head and the additions."""
         super().begin(student, lesson)
         random = torch.Generator().manual_seed(lesson.seed)
+        self.at["trained"] = trained = {name for name, p in student.named_parameters() if p.requires_grad}
         student.requires_grad_(False)
         student.get_submodule(lesson.head).requires_grad_(True)
         for name, module in list(student.named_modules()):
             for key, weight in list(module.named_parameters(recurse=False)):
-                if weight.dim() > 1 and key.endswith("weight") and name != lesson.head:
+                if weight.dim() > 1 and f"{name}.{key}" in trained and key.endswith("weight") and name != lesson.head:
                     parametrize.register_parametrization(module, key, _Added(weight.detach(), self.rank, random))
 
     def finish(self, student: nn.Module) -> nn.Module:
@@ -224,7 +225,9 @@ class LoRA(Distilled):
             if parametrize.is_parametrized(module):
                 for key in list(module.parametrizations):  # type: ignore[arg-type]
                     parametrize.remove_parametrizations(module, key, leave_parametrized=True)
-        return student.requires_grad_(True)
+        for name, p in student.named_parameters():
+            p.requires_grad_(name in self.at["trained"])
+        return student
 
 
 class LoRAReplay(LoRA):

@@ -4,6 +4,8 @@
     split_cifar10      five pairs of classes: the head grows, a ResNet-8 trained on the first pair
     eurosat_gtsrb      CIFAR-10, then satellite images, then traffic signs: the head grows, a pretrained ResNet-8
     split_cifar10_vit  the same with a ViT that was pretrained on all ten classes, its head cut to the first pair
+    texts              films liked or not, sentences with an opinion or not, products liked or not, topics of news: a
+                       head for each, MiniLM trained on the first (`benchmarks.texts` says what it needs)
 
 Networks that are trained here are trained once for each seed, without the last tenth of their data, and kept in
 benchmarks/.cache. That tenth of every task is what options of methods are chosen on.
@@ -25,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 import fipgeo
 from benchmarks.pretrained import MLP_NORM, _network, folder
+from benchmarks.texts import Answers, encoder, rows, sentences
 
 CACHE = Path(__file__).parent / ".cache"
 CIFAR_NORM = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -132,11 +135,27 @@ def _eurosat_gtsrb(seed: int) -> Stream:
     return Stream(model.to(memory_format=torch.channels_last), tasks, head="linear", passes=10)  # type: ignore[call-overload]
 
 
+def _texts(seed: int) -> Stream:
+    one, names = encoder(), ("sst2", "subj", "cr", "ag_news")
+    tasks, first = [], 0
+    for place, name in enumerate(names):
+        train, test = (sentences(name, split) for split in ("train", "test"))
+        x, x_test = (rows(one, part.texts, place) for part in (train, test))
+        tasks.append(Task(name, x, first + train.labels, x_test, first + test.labels))
+        first = tasks[-1].outputs
+    owners = [place for place, task in enumerate(tasks) for _ in task.y.unique()]
+    model = Answers(one, owners, tasks[0].outputs)
+    model.encoder.embeddings.requires_grad_(False)
+    start = started("texts", model, tasks[0], seed, epochs=2, batch=50, rate=1e-4, fresh=model.head)
+    return Stream(start, tasks, head="head", passes=2, batch=50, kept=100, per_class=False, optimizer="adamw")
+
+
 SETTINGS: dict[str, Callable[[int], Stream]] = {
     "mnist_fashion": _mnist_fashion,
     "split_cifar10": _split_cifar10,
     "eurosat_gtsrb": _eurosat_gtsrb,
     "split_cifar10_vit": _split_cifar10_vit,
+    "texts": _texts,
 }
 
 
@@ -176,10 +195,21 @@ def _read(file: str, split: str, norm: tuple[Any, Any], shift: int) -> tuple[Ten
     return x.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last), labels.long() + shift
 
 
-def started(name: str, model: nn.Module, task: Task, seed: int, epochs: int, batch: int = 100) -> nn.Module:
-    """A network trained with Adam (0.001, decaying along a cosine) on a task, or read where that was done before.
+def started(
+    name: str,
+    model: nn.Module,
+    task: Task,
+    seed: int,
+    epochs: int,
+    *,
+    batch: int = 100,
+    rate: float = 1e-3,
+    fresh: nn.Module | None = None,
+) -> nn.Module:
+    """A network trained with Adam (its rate decaying along a cosine) on a task, or read where that was done before.
 
-    Minibatches are mirrored at random where there are colours; BatchNorm is in train mode here and nowhere else.
+    Minibatches are mirrored at random where there are colours; BatchNorm and dropout are in train mode here and nowhere
+    else. `fresh` is the part that is drawn at random first, None for the whole.
     """
     path = CACHE / f"{name}-seed{seed}-epochs{epochs}.safetensors"
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -187,8 +217,8 @@ def started(name: str, model: nn.Module, task: Task, seed: int, epochs: int, bat
         model.load_state_dict(load_file(path))
         return model.eval()
     random, task = torch.Generator().manual_seed(seed), task.for_tuning()
-    _initialise(model, random)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    _initialise(fresh or model, random)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(task.x) // batch))
     model.train()
     for _ in range(epochs):

