@@ -138,7 +138,8 @@ def fipgeo_remember(model: nn.Module, task: Task, seed: int, state: dict[str, An
 def fipgeo_learn(lesson: Lesson, state: dict[str, Any], **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """One task by the library: the network after it, and figures for the record.
 
-    Options are those of `fipgeo.adapt`, and `views` of each kept input (see `fipgeo.memory.views`); or `sketch=True`
+    Options are those of `fipgeo.adapt`, `views` of each kept input (see `fipgeo.memory.views`) and `low_rank` for paths
+    of factors of that rank and the whole head; or `sketch=True`
     and those of `fipgeo.optim.FIP`, or `readout=True`, those of `fipgeo.memory.HiddenFeatures` and a ridge, and no kept
     input is looked at. Epochs may not go beyond the budget of minibatches. A tenth of the kept inputs is held out.
     `state` is that of `fipgeo_remember`.
@@ -162,9 +163,14 @@ def fipgeo_learn(lesson: Lesson, state: dict[str, Any], **options: Any) -> tuple
     keep = fipgeo.memory.views(lesson.memory.x[~unseen], lesson.transform, asked.pop("views", 1), lesson.seed)
     new, held = (lesson.task.x, lesson.task.y), lesson.memory.x[unseen]
     asked = {"batch_size": lesson.batch, "generator": lesson.seed, **asked}
-    path = fipgeo.adapt(lesson.model, new, cross_entropy, keep=keep, held_out=held, **asked)
+    rank = asked.pop("low_rank", None)
+    moving = copy.deepcopy(lesson.model)
+    if rank is not None:
+        moving = fipgeo.LowRank(moving, rank, whole=f"{lesson.head}.*", generator=lesson.seed)
+    path = fipgeo.adapt(moving, new, cross_entropy, keep=keep, held_out=held, **asked)
     notes |= {"forwards": path[-1].cost, "outcome": path.outcome, "drift": path[-1].drift}
-    return path[-1].apply_(copy.deepcopy(lesson.model)), notes
+    found = path[-1].apply_(moving)
+    return found.merge() if isinstance(found, fipgeo.LowRank) else found, notes
 
 
 class Sketched(Learner):

@@ -232,9 +232,9 @@ def started(
             optimizer.step()
             schedule.step()
     CACHE.mkdir(exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, fresh)
-    os.replace(fresh, path)
+    draft = path.with_suffix(f".{os.getpid()}")
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
+    os.replace(draft, path)
     return model.eval()
 
 

@@ -19,6 +19,7 @@ from fipgeo.geodesics import Chart, Frames, Geodesic, Shot, geodesic, shoot, tra
 from fipgeo.heads import grow_head
 from fipgeo.jacobian import Sketched, sketch_error, sketch_trace
 from fipgeo.linalg import Density, LinearOperator, Outcome, Solution, Spectrum, principal_angles
+from fipgeo.low_rank import LowRank
 from fipgeo.merging import merge_checkpoints
 from fipgeo.metrics import Metric
 from fipgeo.model import OutputMap
@@ -94,6 +95,7 @@ __all__ = [
     "Leg",
     "LinearOperator",
     "Logits",
+    "LowRank",
     "Method",
     "Metric",
     "MetricField",

@@ -22,7 +22,7 @@ LEVELS = [
     {"sources"},
     {"basis", "constraints", "merging", "model", "task_vectors"},
     {"attacks", "jacobian", "shrink", "heads", "adapters"},
-    {"metrics"},
+    {"low_rank", "metrics"},
     {"field"},
     {"paths", "tangent", "geodesics"},
     {"memory"},

@@ -128,7 +128,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in COMPOSITE:
             with self:
-                return _opened(func)(*args, **kwargs)
+                return opened(func)(*args, **kwargs)
         out = func(*args, **kwargs)
         read = self._read(func, out, args, kwargs)
         if read is None or len(read[0]) != len(used):
@@ -181,7 +181,7 @@ COMPOSITE = {F.multi_head_attention_forward}
 """Python functions made of other functions, which are to be seen instead."""
 
 
-def _opened(func: Callable) -> Callable:
+def opened(func: Callable) -> Callable:
     """A Python function of torch as if no mode were active around it, so that the calls inside it are seen."""
     assert isinstance(func, types.FunctionType)
     no = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)

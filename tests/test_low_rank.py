@@ -1,0 +1,207 @@
+"""Networks that move along factors: their weights, their metric, and what is merged back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import jacrev
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fipgeo
+from fipgeo import LowRank, MetricField, TaskVector
+from fipgeo.lazy import Factors, entries_of
+
+seeds = st.integers(0, 2**31)
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@torch.no_grad()
+def filled(module: nn.Module, seed: int, scale: float = 0.4) -> nn.Module:
+    for place, p in enumerate(module.parameters()):
+        p.copy_(scale * draw(seed + place, *p.shape))
+    return module
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    layers = (
+        nn.Conv2d(2, 3, 2),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(27, 8),
+        nn.Tanh(),
+        nn.Linear(8, 3),
+    )
+    return filled(nn.Sequential(*layers).double().eval(), seed)  # type: ignore[return-value]
+
+
+class Tied(nn.Module):
+    """One matrix, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=seeds, rank=st.integers(1, 4))
+def test_it_begins_at_the_network_and_merges_into_what_it_computes(seed: int, rank: int) -> None:
+    model, x = net(seed), draw(seed + 1, 5, 2, 4, 4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    slim = LowRank(model, rank, scale=0.5, generator=seed)
+    assert slim.names == ["0.weight", "4.weight", "6.weight"] and torch.equal(slim(x), model(x))
+    filled(slim.left, seed + 2)
+    merged = slim.merge()
+    torch.testing.assert_close(merged(x), slim(x))
+    assert (merged(x) - model(x)).abs().max() > 1e-3
+    products = [0.5 * b.flatten(1) @ a.flatten(1) for b, a in zip(slim.left, slim.right, strict=True)]
+    for name, product in zip(slim.names, products, strict=True):
+        moved = merged.get_parameter(name) - model.get_parameter(name)
+        torch.testing.assert_close(moved.flatten(1), product)
+        assert torch.linalg.matrix_rank(moved.flatten(1)) == min(rank, *product.shape)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [p.requires_grad for p in merged.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=seeds)
+def test_its_metric_is_that_of_the_weights_pulled_back(seed: int) -> None:
+    """J^T g J with J the Jacobian of the product, g of the merged network, both in full."""
+    slim, x = LowRank(net(seed), 2, whole="6.bias"), draw(seed + 1, 4, 2, 4, 4)
+    filled(slim.left, seed + 2)
+    field = MetricField(slim, x, "euclidean")
+    inner = MetricField(slim.merge(), x, "euclidean", ["0.weight", "4.weight", "6.weight", "6.bias"])
+    factors = {name: p.detach() for name, p in slim.named_parameters() if p.requires_grad}
+    assert field.space.names == list(factors) and "module.6.bias" in factors
+
+    def weights(point: Tensor) -> Tensor:
+        parts = field.space.unravel(point)
+        products = [(parts[f"left.{i}"].flatten(1) @ parts[f"right.{i}"].flatten(1)).flatten() for i in range(3)]
+        return torch.cat([*products, parts["module.6.bias"]])
+
+    slope = torch.as_tensor(jacrev(weights)(field.space.ravel(factors)))
+    root = inner.at().root.to_dense() @ slope
+    torch.testing.assert_close(field.at().root.to_dense(), root)
+    v = draw(seed + 3, field.space.dim)
+    torch.testing.assert_close(field.at().matvec(v), root.T @ (root @ v) / len(x))
+
+
+class Attending(nn.Module):
+    """Weights in torch's own attention, in a grouped convolution, in a product and in an embedding that is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attend = nn.Embedding(5, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.groups, self.out = nn.Conv1d(4, 4, 3, padding=1, groups=2), nn.Linear(4, 5)
+        self.out.weight = self.embed.weight
+        self.extra = nn.Parameter(torch.zeros(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        h = h + self.attend(h, h, h, need_weights=False)[0] @ self.extra.T
+        assert self.extra.shape == (4, 4) and self.extra.dim() == 2
+        return self.out(self.groups(h.mT).mT).mean(1)
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=seeds)
+def test_weights_are_moved_whatever_they_are_used_for(seed: int) -> None:
+    model, x = filled(Attending().double().eval(), seed), torch.randint(5, (3, 6), generator=torch.manual_seed(seed))
+    slim = LowRank(model, 2, lambda name, p: p.dim() > 1)
+    assert slim.names == ["extra", "embed.weight", "attend.in_proj_weight", "attend.out_proj.weight", "groups.weight"]
+    filled(slim.left, seed + 1)
+    merged = slim.merge()
+    torch.testing.assert_close(slim(x), merged(x))
+    with torch.no_grad():
+        torch.testing.assert_close(slim(x), merged(x))
+
+
+def test_gradients_have_the_size_of_factors() -> None:
+    slim, x = LowRank(net(), 1), draw(0, 3, 2, 4, 4)
+    largest, stored = 0, {p.untyped_storage().data_ptr() for p in slim.parameters()}
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+            largest = max([largest, *(t.numel() for t in made if t.untyped_storage().data_ptr() not in stored)])
+            return out
+
+    with Sizes():
+        slim(x).sum().backward()
+    assert largest < slim.module.get_parameter("4.weight").numel()
+
+
+def test_tied_weights_stay_tied() -> None:
+    slim, x = LowRank(filled(Tied().double(), 0), 1), draw(1, 3, 4)
+    assert slim.names == ["first.weight"]
+    filled(slim.left, 2)
+    merged = slim.merge()
+    assert merged.get_submodule("second").weight is merged.get_submodule("first").weight
+    torch.testing.assert_close(merged(x), slim(x))
+
+
+def test_the_product_is_a_task_vector_of_factors() -> None:
+    model = net()
+    slim = LowRank(model, 2, scale=3.0)
+    filled(slim.left, 1)
+    vector, dense = slim.vector(), TaskVector.between(model, slim.merge())
+    for name, found in entries_of(vector.tensors).items():
+        assert isinstance(found, Factors) and found.rank == 2
+        torch.testing.assert_close(found.dense(), dense.tensors[name])
+
+
+def test_a_path_learns_in_the_factors_and_the_head_and_keeps_what_was() -> None:
+    model, old, new = net(3), draw(0, 5, 2, 4, 4), 1 + draw(1, 60, 2, 4, 4)
+    y = (new.flatten(1).sum(1) > 32).long()
+    slim = LowRank(model, 2, whole="6.*")
+    about = {"epochs": 10, "lr": 0.2, "batch_size": 20, "refresh": 3}
+    path = fipgeo.adapt(slim, (new, y), nn.functional.cross_entropy, keep=old, **about)
+    plain = path[-1].apply_(slim).merge()
+    changed = {n for n, p in plain.named_parameters() if not torch.equal(p, model.get_parameter(n))}
+    assert changed == {"0.weight", "4.weight", "6.weight", "6.bias"}
+    with torch.no_grad():
+        loss = [float(nn.functional.cross_entropy(m(new), y)) for m in (model, plain)]
+    assert loss[1] < 0.85 * loss[0]
+    free = LowRank(model, 2, whole="6.*")
+    descent = torch.optim.SGD([p for p in free.parameters() if p.requires_grad], lr=0.2, momentum=0.9)
+    for _ in range(30):
+        descent.zero_grad()
+        nn.functional.cross_entropy(free(new), y).backward()
+        descent.step()
+    with torch.no_grad():
+        drifts = [float((m(old) - model(old)).square().mean()) for m in (plain, free)]
+    assert drifts[0] < 0.05 * drifts[1]
+
+
+def test_what_gets_factors_is_said_or_refused() -> None:
+    model = net()
+    model[6].requires_grad_(False)
+    slim = LowRank(model, 1, whole="0.*")
+    assert slim.names == ["4.weight"] and not slim.training
+    assert not slim.merge().get_parameter("6.weight").requires_grad
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"rank": 0}, "rank: got 0"),
+        ({"where": "0.bias"}, r"where: '0\.bias' has shape \[3\]"),
+        ({"where": "4.*weight", "whole": "4.*"}, r"where: '4\.weight' is both"),
+        ({"where": "5.*"}, "matches none"),
+    ]
+    for options, says in wrong:
+        with pytest.raises(ValueError, match=says):
+            LowRank(model, **options)
+    with pytest.raises(ValueError, match="no linear map"):
+        LowRank(nn.Sequential(nn.Embedding(3, 4)))
