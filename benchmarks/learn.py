@@ -42,6 +42,7 @@ from benchmarks.anchors import EWC, GPM, LoRA, LoRAReplay, LwF
 from benchmarks.learners import DER, DERpp, Distilled, Joint, Learner, Lesson, Memory, PublishedFIP, outputs
 from benchmarks.records import RESULTS, read, write
 from benchmarks.streams import SETTINGS, Stream, Task, grown, load
+from benchmarks.texts import Headed
 
 OURS = "fipgeo"
 FIGURES = ("old_accuracy", "new_accuracy", "average_accuracy", "average_forgetting")
@@ -125,10 +126,11 @@ def fipgeo_remember(model: nn.Module, task: Task, seed: int, state: dict[str, An
     With `readout=True`, what hidden features say of the first task, and what the network takes its inputs for: later
     tasks are remembered as they are learned.
     """
-    if options.get("readout") and "readout" not in state:
+    if options.get("readout") and "features" not in state:
         about = {key: options[key] for key in ("cells", "width") if key in options}
-        state["features"] = fipgeo.memory.HiddenFeatures(fipgeo.MetricField(model, task.x), **about)
-        state["readout"] = fipgeo.memory.ReadoutSketch.of(state["features"], task.x, targets="model")
+        state["features"] = fipgeo.memory.HiddenFeatures(fipgeo.MetricField(model, task.x, mask=task.mask), **about)
+        if not options.get("heads"):
+            state["readout"] = fipgeo.memory.ReadoutSketch.of(state["features"], task.x, targets="model")
     if options.get("sketch"):
         which = torch.randperm(len(task.x), generator=torch.Generator().manual_seed(seed))[:SKETCHED]
         made = fipgeo.memory.LayerSketch.of(fipgeo.MetricField(model, task.x[which]))
@@ -139,18 +141,12 @@ def fipgeo_learn(lesson: Lesson, state: dict[str, Any], **options: Any) -> tuple
     """One task by the library: the network after it, and figures for the record.
 
     Options are those of `fipgeo.adapt`, `views` of each kept input (see `fipgeo.memory.views`) and `low_rank` for paths
-    of factors of that rank and the whole head; or `sketch=True`
-    and those of `fipgeo.optim.FIP`, or `readout=True`, those of `fipgeo.memory.HiddenFeatures` and a ridge, and no kept
-    input is looked at. Epochs may not go beyond the budget of minibatches. A tenth of the kept inputs is held out.
-    `state` is that of `fipgeo_remember`.
+    of factors of that rank and the whole head. With `sketch=True` they are those of `fipgeo.optim.FIP`, with
+    `readout=True` those of `readout_of`, and no kept input is looked at. Epochs may not go beyond the budget of
+    minibatches. A tenth of the kept inputs is held out. `state` is that of `fipgeo_remember`.
     """
     if options.get("readout"):
-        features, (x, y) = state["features"], (lesson.task.x, lesson.task.y)
-        state["readout"] += fipgeo.memory.ReadoutSketch.of(features, (x, y), num_outputs=lesson.task.outputs)
-        return state["readout"].readout(features, options.get("ridge")), {
-            "passes": 1.0,
-            "sketch_bytes": state["readout"].nbytes,
-        }
+        return readout_of(lesson, state, options.get("ridge"), heads=options.get("heads", False))
     asked: dict[str, Any] = {"epochs": lesson.passes} | options
     if asked["epochs"] > lesson.passes + 1e-9:
         raise ValueError(f"epochs: got {asked['epochs']}, expected at most {lesson.passes:g}, as for all methods")
@@ -171,6 +167,20 @@ def fipgeo_learn(lesson: Lesson, state: dict[str, Any], **options: Any) -> tuple
     notes |= {"forwards": path[-1].cost, "outcome": path.outcome, "drift": path[-1].drift}
     found = path[-1].apply_(moving)
     return found.merge() if isinstance(found, fipgeo.LowRank) else found, notes
+
+
+def readout_of(
+    lesson: Lesson, state: dict[str, Any], ridge: float | None, *, heads: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The readout of all tasks up to this one, or with `heads` one more of this task alone."""
+    features, task, notes = state["features"], lesson.task, {"passes": 1.0}
+    if heads:
+        first = int(task.y.min())
+        own = fipgeo.memory.ReadoutSketch.of(features, (task.x, task.y - first), batch_size=lesson.batch)
+        state["heads"] = state.get("heads", {}) | {int(task.x[0, 0]): own.solve(ridge)}
+        return Headed(features, state["heads"]), notes
+    state["readout"] += fipgeo.memory.ReadoutSketch.of(features, (task.x, task.y), num_outputs=task.outputs)
+    return state["readout"].readout(features, ridge), notes | {"sketch_bytes": state["readout"].nbytes}
 
 
 class Sketched(Learner):

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 import fipgeo
 from benchmarks.pretrained import MLP_NORM, _network, folder
-from benchmarks.texts import Answers, encoder, rows, sentences
+from benchmarks.texts import Answers, Headed, encoder, living, rows, sentences
 
 CACHE = Path(__file__).parent / ".cache"
 CIFAR_NORM = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -40,13 +40,18 @@ MIRRORED = fipgeo.memory.Affine(flip=True)
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Labelled images (or other inputs) of one task; labels are indices of outputs of the common head."""
+    """Labelled images (or other inputs) of one task; labels are indices of outputs of the common head.
+
+    Attributes:
+        mask: Which positions of inputs count; None for all.
+    """
 
     name: str
     x: Tensor
     y: Tensor
     x_test: Tensor
     y_test: Tensor
+    mask: Callable[[Tensor], Tensor] | None = None
 
     @property
     def outputs(self) -> int:
@@ -141,7 +146,7 @@ def _texts(seed: int) -> Stream:
     for place, name in enumerate(names):
         train, test = (sentences(name, split) for split in ("train", "test"))
         x, x_test = (rows(one, part.texts, place) for part in (train, test))
-        tasks.append(Task(name, x, first + train.labels, x_test, first + test.labels))
+        tasks.append(Task(name, x, first + train.labels, x_test, first + test.labels, living))
         first = tasks[-1].outputs
     owners = [place for place, task in enumerate(tasks) for _ in task.y.unique()]
     model = Answers(one, owners, tasks[0].outputs)
@@ -251,7 +256,7 @@ def _initialise(model: nn.Module, random: torch.Generator) -> None:
 
 def grown(model: nn.Module, head: str, outputs: int) -> nn.Module:
     """The network with as many outputs as the tasks up to now need; new ones start at logit 0; readouts grow alone."""
-    if isinstance(model, fipgeo.memory.Readout):
+    if isinstance(model, fipgeo.memory.Readout | Headed):
         return model
     layer = model.get_submodule(head)
     assert isinstance(layer, nn.Linear)

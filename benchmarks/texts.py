@@ -16,6 +16,7 @@ import gzip
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Unavailable
 from benchmarks.pretrained import folder
+from fipgeo.memory import HiddenFeatures
+from fipgeo.memory.readout import Solved
 
 TEXTS = {"sst2": 2, "subj": 2, "ag_news": 4}
 """Settings, and how many classes they have."""
@@ -135,6 +138,27 @@ class Answers(nn.Module):
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         f = self.head(pooled)
         return torch.where(self.owners[: f.shape[1]] == task[:, None], f, ELSEWHERE)
+
+
+class Headed(nn.Module):
+    """Readouts of features that all tasks share, one for each; a row says which task asks, as for `Answers`.
+
+    Args:
+        features: Of a network of the kind `Answers`, whose own outputs stay.
+        heads: What was solved for each further task.
+    """
+
+    def __init__(self, features: HiddenFeatures, heads: Mapping[int, Solved]) -> None:
+        super().__init__()
+        self.features, self.heads = features, dict(heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores `[n, C]`."""
+        h, (f,) = self.features.both(x)
+        for task, head in self.heads.items():
+            asked = (x[:, :1] == task).expand(-1, len(head.bias))
+            f = torch.cat([f, torch.where(asked, h @ head.weight.to(h).T + head.bias.to(h), ELSEWHERE)], 1)
+        return f
 
 
 ELSEWHERE = -1e4
