@@ -67,6 +67,37 @@ def test_the_second_task_is_learned_as_adapt_does_it() -> None:
         assert torch.equal(tensor, end.model.get_parameter(name))
 
 
+def test_heads_of_their_own_are_learned_and_compared_by_themselves() -> None:
+    given: list[tuple[int, int, int]] = []
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        given.append((f.shape[1], int(y.min()), int(y.max())))
+        return nn.functional.cross_entropy(f, y)
+
+    net = network()
+    end = learned(net, own_heads=True, loss_fn=loss, damping=1.0)
+    assert set(given) == {(2, 0, 1)} and end.model(blobs(0, 0)[0]).shape[1] == 6
+    assert end.matrix.average_accuracy() > 0.9 and end.matrix.average_forgetting() < 0.05
+    x, y = blobs(11, 2)
+    own = end.model(x)[:, 2:4]
+    assert end.matrix.values[2, 1] == (own.argmax(1) + 2 == y).double().mean()
+    assert all("Categorical" in path.settings["geometry"] for path in end.paths)
+    x = end.kept["c"]
+    counts = end.model(x)[:, 4:].argmax(1).bincount(minlength=2)
+    assert counts.tolist() == [10, 10]  # as many of each class that its own head predicts
+    probabilities = [torch.cat([h.softmax(1) for h in m(blobs(0, 0)[0]).split(2, 1)], 1) for m in (net, end.model)]
+    assert (probabilities[0] - probabilities[1][:, :2]).abs().mean() < 0.1
+
+
+def test_a_head_of_its_own_needs_classes_of_its_own() -> None:
+    for wrong, says in ((blobs(1, 0), "'b' has classes 0 to 1, expected classes from 2 on"), (blobs(1, 3), "3 to 4")):
+        with pytest.raises(ValueError, match=says):
+            adapt_tasks(network(), {"a": blobs(0, 0), "b": wrong}, own_heads=True)
+    x, y = blobs(1, 2)
+    with pytest.raises(ValueError, match=r"targets of torch\.float64"):
+        adapt_tasks(network(), {"a": blobs(0, 0), "b": (x, y.double()[:, None])}, own_heads=True)
+
+
 def test_views_protect_more_and_bad_arguments_are_named() -> None:
     net, draws = network(), []
 

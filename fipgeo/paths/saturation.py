@@ -32,9 +32,9 @@ def tempered(field: MetricField, new: Batches, after: PathResult | None) -> Metr
     targets = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
     outputs = field.map.check(field.function.batches.first())
     classes = isinstance(targets, Tensor) and targets.dtype == torch.long and targets.dim() == 1
-    if not (classes and len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1):
+    if not (classes and all(f.dim() == 2 and f.shape[1] > 1 for f in outputs)):
         return field
-    open_enough = (g for g in TEMPERATURES if g.openness(outputs[0]) >= SATURATED)
+    open_enough = (g for g in TEMPERATURES if min(map(g.openness, outputs)) >= SATURATED)
     return field.under(next(open_enough, TEMPERATURES[-1]))
 
 
