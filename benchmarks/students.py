@@ -251,9 +251,6 @@ SELECTED: dict[str, Callable[[Lesson, float], nn.Module]] = {
     "by leverage": lambda at, ridge: solved(
         at, ridge, choose_vectors(at.base, at.vectors, at.data, BUDGET, forward_fn=at.scores)
     ),
-    "by gain": lambda at, ridge: solved(
-        at, ridge, choose_vectors(at.base, at.vectors, at.data, BUDGET, by="gain", forward_fn=at.scores)
-    ),
     "by gradient": lambda at, ridge: solved(at, ridge, steepest(at)),
 }
 PARTED: dict[str, Callable[[Lesson, float], nn.Module]] = {

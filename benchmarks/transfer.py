@@ -17,7 +17,7 @@ fine-tuning. "all layers": no head, but ridge regression on what all layers see 
 the network as it is, or with coefficients that the evidence of the images gives (`fipgeo.atlas.fit_hidden_`). How
 layers are seen and how many steps are taken was chosen once, on validation images of Fashion-MNIST, GTSRB and the
 targets, from draws of other seeds.
-"select": coefficients with two vectors for each tensor, chosen by leverage or gain (`fipgeo.atlas.choose_vectors`) or by the
+"select": coefficients with two vectors for each tensor, chosen by leverage (`fipgeo.atlas.choose_vectors`) or by the
 gradient of each block. "parts": 1 % or 5 % of a target's training file; vectors cut into random parts, so many that
 coefficients are as many as the numbers of LoRA of rank 1, both by AdamW.
 Accuracies are on test images, by which nothing is chosen.

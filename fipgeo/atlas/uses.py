@@ -163,28 +163,22 @@ def choose_vectors(
     data: Any,
     budget: int,
     *,
-    by: str = "leverage",
-    damping: float = 1.0,
     loss: str | Loss = "cross_entropy",
     forward_fn: ForwardFn | None = None,
     output_fn: OutputFn | None = None,
 ) -> list[TaskVector]:
-    """At most `budget` vectors for each tensor, those that add most to what the outputs can do, or to the loss.
+    """At most `budget` vectors for each tensor, those that add most to what the outputs can do.
 
-    Coefficients, one for each vector and tensor, are taken one by one in a pivoted Cholesky factorisation of the metric
-    B^T g B at the base. By "leverage" the next is the one that moves the outputs most in a direction which those before
-    it do not. By "gain" it is the one by which the loss falls most, b^2 / (a + mu), where a is that direction's square
-    in the metric and b the slope of the loss along it, once those before it are at their best: that takes labels. A
-    large vector that repeats another is left out, unlike under a choice by gradients.
+    Coefficients, one for each vector and tensor, are taken in the order of a pivoted Cholesky factorisation of the
+    metric B^T g B at the base: each time the one that moves the outputs most in a direction which those before it do
+    not. A large vector that repeats another is left out, unlike under a choice by gradients.
 
     Args:
         base: The network.
         vectors: Task vectors over its parameters.
-        data: Inputs, with labels or, by leverage, without.
+        data: Inputs, with labels or without.
         budget: Vectors a tensor.
-        by: "leverage" or "gain".
-        damping: mu of the gain, as a multiple of the mean square of a coefficient in the metric.
-        loss: Whose metric counts, and whose slope.
+        loss: Whose metric counts.
         forward_fn: (network, batch) -> raw outputs.
         output_fn: Raw outputs -> the tensor that the loss gets.
 
@@ -192,28 +186,18 @@ def choose_vectors(
         The vectors, each with the tensors for which it was chosen; a `Composition` of them holds no others.
 
     Raises:
-        ValueError: The budget or the damping is not positive, `by` is another word, or labels are missing.
-
-    Source: of the gain, the forward choice of orthogonal least squares (Chen, Billings and Luo, International Journal
-    of Control 50, 1989), here damped and in the metric.
+        ValueError: The budget is not positive.
     """
-    if budget < 1 or not damping > 0 or by not in ("leverage", "gain"):
-        raise ValueError(
-            f"budget, damping, by: got {budget}, {damping} and {by!r}; expected at least 1 vector for a tensor, a"
-            " positive damping, and 'leverage' or 'gain'"
-        )
+    if budget < 1:
+        raise ValueError(f"budget: got {budget} vectors for a tensor, expected at least 1")
     model = Composition(base, vectors)
     expander, chosen = Expander(model, forward_fn, output_fn), as_loss(loss)
     c = model.coefficients.detach()
-    start, rows, slopes = torch.zeros_like(c).flatten(), [], []
+    rows = []
     for batch in as_batches(data, argument="data"):
         f, a = expander(c, batch)
-        part = Expanded(chosen, 1.0, f.to(a.dtype), a, labels_of(batch))
-        rows.append(part.root(start))
-        if by == "gain":
-            slopes.append(part.gradient(start))
-    slope = torch.stack(slopes).sum(0) if slopes else None
-    picks = pivots(torch.cat(rows), budget, len(model.labels), slope, damping)
+        rows.append(Expanded(chosen, 1.0, f.to(a.dtype), a, None).root(torch.zeros_like(c).flatten()))
+    picks = pivots(torch.cat(rows), budget, len(model.labels))
     out = []
     for number, vector in enumerate(vectors):
         names = {label for place, label in enumerate(model.labels) if picks[number, place]}
@@ -222,37 +206,30 @@ def choose_vectors(
     return out
 
 
-def pivots(root: Tensor, budget: int, columns: int, slope: Tensor | None = None, damping: float = 1.0) -> Tensor:
+def pivots(root: Tensor, budget: int, columns: int) -> Tensor:
     """Which columns of a root `[rows, n S]` a pivoted Cholesky factorisation of its Gram matrix takes.
 
     Args:
         root: R; the columns belong to n vectors, S to each.
         budget: Most that are taken of the n which share one of the S places.
         columns: S.
-        slope: b `[n S]`, for the largest b^2 / a next, a the diagonal of what is left of R^T R + mu; None for the
-            largest a, without mu.
-        damping: mu over the mean of the diagonal.
 
     Returns:
         Whether each is taken, `[n, S]`; none that those before it span.
     """
     gram = root.double().T @ root.double()
-    if slope is not None:
-        gram = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    left, b = gram.diagonal().clone(), None if slope is None else slope.double().clone()
+    left = gram.diagonal().clone()
     taken = torch.zeros(len(left), dtype=torch.bool, device=root.device)
     factor = gram.new_zeros(len(left), 0)
     tiny = 1e-12 * float(left.max())
     for _ in range(min(len(left), budget * columns)):
         full = taken.view(-1, columns).sum(0) >= budget
-        worth = left if b is None else b.square() / left
-        open_ = worth.where(~taken & ~full.repeat(len(left) // columns) & (left > tiny), -1.0)
+        open_ = left.where(~taken & ~full.repeat(len(left) // columns), -1.0)
         best = int(open_.argmax())
-        if open_[best] < 0 or (b is not None and not open_[best] > 0):
+        if not open_[best] > tiny:
             break
         column = (gram[best] - factor @ factor[best]) / left[best].sqrt()
         factor = torch.cat([factor, column[:, None]], 1)
-        b = None if b is None else b - column * (b[best] / left[best].sqrt())
         left = left - column.square()
         taken[best] = True
     return taken.view(-1, columns)
