@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -127,6 +129,33 @@ def test_weights_are_moved_whatever_they_are_used_for(seed: int) -> None:
     torch.testing.assert_close(slim(x), merged(x))
     with torch.no_grad():
         torch.testing.assert_close(slim(x), merged(x))
+
+
+class Odd(nn.Module):
+    """One weight by keyword, turned round, looked up in and through an LSTM's list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.memory = nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, *, a: Tensor) -> Tensor:
+        w = self.fc.weight
+        h = nn.functional.linear(input=a, weight=w, bias=self.fc.bias) + a @ w.mT + w[torch.tensor([2, 0, 1])]
+        return h + self.memory(h[:, None])[0][:, 0]
+
+
+def test_other_ways_to_use_a_weight_and_copies_agree_with_what_is_merged() -> None:
+    slim, a = LowRank(filled(Odd().double().eval(), 0), 2, "*weight*"), draw(1, 3, 4)
+    filled(slim.left, 2)
+    wanted = slim.merge()(a=a)
+    torch.testing.assert_close(slim(a=a), wanted)
+    for twin in (copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
+        assert torch.equal(twin(a=a), slim(a=a))
+    other = LowRank(filled(Odd().double().eval(), 5), 2, "*weight*", generator=9)
+    other.load_state_dict(slim.state_dict())
+    assert torch.equal(other(a=a), slim(a=a))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(slim.float()(a=a.float()), wanted.float(), rtol=0.05, atol=0.05)
 
 
 def test_gradients_have_the_size_of_factors() -> None:
