@@ -226,16 +226,18 @@ def started(
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(task.x) // batch))
     model.train()
-    for _ in range(epochs):
-        for part in torch.randperm(len(task.x), generator=random).split(batch)[: len(task.x) // batch]:
-            x = task.x[part]
-            if x.shape[1] == 3:
-                flip = torch.rand(len(x), generator=random) < 0.5
-                x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
-            optimizer.zero_grad()
-            cross_entropy(model(x), task.y[part]).backward()
-            optimizer.step()
-            schedule.step()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for dropout
+        for _ in range(epochs):
+            for part in torch.randperm(len(task.x), generator=random).split(batch)[: len(task.x) // batch]:
+                x = task.x[part]
+                if x.dim() == 4 and x.shape[1] == 3:
+                    flip = torch.rand(len(x), generator=random) < 0.5
+                    x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+                optimizer.zero_grad()
+                cross_entropy(model(x), task.y[part]).backward()
+                optimizer.step()
+                schedule.step()
     CACHE.mkdir(exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)

@@ -6,6 +6,7 @@ Axis letters: r the rank; a weight `[m, ...]` counts as a matrix `[m, p]`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,21 +41,26 @@ FACTS = {getter.__get__ for getter in GETTERS} | {
 class LowRank(nn.Module):
     """A network at W_0 + scale B A, with B `[m, r]` and A `[r, p]` as its coordinates on every chosen weight W.
 
-    A module like any other: `metric`, `adapt`, `fipgeo.optim.FIP` and torch's optimisers see r (m + p) numbers in place
-    of m p, and `merge()` writes the result into a network of the plain kind. B starts at zero, so that outputs are
+    A module like any other: `metric`, `adapt` and, over the parameters that require a gradient, `fipgeo.optim.FIP` and
+    torch's optimisers see r (m + p) numbers in place of m p, and `merge()` gives a network of the plain kind, its moves
+    rounded to its dtype. B starts at zero, so that outputs are
     those of the network, and A at N(0, 1 / p). The network is copied; weights that are tied stay tied.
 
-    Linear maps and convolutions are computed as W_0 x + scale B (A x), so that no gradient has the size of W; where a
-    weight is used in another way, the sum is. The metric on the factors is that of the weights pulled back by the
-    Jacobian of the product, which is not constant: it is zero along A at the start.
+    `F.linear` and convolutions without groups are computed as W_0 x + scale B (A x), so that no gradient has the size
+    of W. Where a weight is used in another way (transposed or grouped convolutions, products written by hand,
+    look-ups), the sum is formed. Code in which torch turns gradients off and takes them by itself (checkpoints, an
+    `autograd.Function`) is refused when it meets such a weight, and so are parts that are compiled or scripted. The
+    metric on the factors is that of the weights pulled back by the Jacobian of the product, which is not constant: it
+    is zero along A at the start.
 
     Args:
         module: The network at theta_0; it stays as it is.
         rank: r, at most; a weight has min(m, p) at most.
         where: Which weights get factors (see `WeightSpace.of`): they need two axes or more. None for those of all
-            linear maps, convolutions and attention.
-        whole: Which parameters are trained as they are beside them, such as "head.*"; None for none.
-        scale: Of the products.
+            torch's linear maps, convolutions and attention; other layers' need to be named.
+        whole: Which parameters are trained as they are beside them, such as "head.*" (a head that is to grow needs it);
+            None for none.
+        scale: Of the products; not part of the state dict.
         generator: Source of A; None for a fixed seed.
 
     Attributes:
@@ -62,8 +68,8 @@ class LowRank(nn.Module):
         names: Weights with factors.
 
     Raises:
-        ValueError: Nothing is chosen, a chosen weight is a vector, one is both in factors and whole, or the rank is
-            below 1.
+        ValueError: Nothing is chosen, a chosen weight is a vector, one is both in factors and whole, the rank is below
+            1, the scale is zero or not finite, or a part of the module is compiled or scripted.
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022.
 
@@ -87,9 +93,15 @@ class LowRank(nn.Module):
         generator: Generator = None,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank: got {rank}, expected at least 1")
+        if not isinstance(rank, int) or rank < 1 or not math.isfinite(scale) or not scale:
+            raise ValueError(f"rank, scale: got {rank} and {scale}, expected an integer from 1 up and no zero or NaN")
         self.module, self.scale = copy.deepcopy(unwrapped(module)), scale
+        for name, part in self.module.named_modules():
+            if isinstance(part, torch.jit.ScriptModule) or hasattr(part, "_orig_mod"):
+                raise ValueError(
+                    f"module: {name!r} is compiled or scripted, so that its weights cannot be followed; pass the plain"
+                    " network, and compile the result: torch.compile(LowRank(network))"
+                )
         self.training = self.module.training
         self._trainable = {n for n, p in self.module.named_parameters() if p.requires_grad}
         named, kept = dict(self.module.named_parameters()), set[str]()
@@ -98,6 +110,8 @@ class LowRank(nn.Module):
             kept = set(WeightSpace.of(self.module, whole).names)
             if where is None:
                 self.names = [name for name in self.names if name not in kept]
+        if not self.names:
+            raise ValueError("where: all weights of linear maps are trained whole; choose fewer by whole=")
         for name in self.names:
             if named[name].dim() < 2 or name in kept:
                 why = "is both in factors and whole" if name in kept else f"has shape {list(named[name].shape)}"
@@ -112,14 +126,22 @@ class LowRank(nn.Module):
         random = as_generator(generator)
         for weight in (named[name] for name in self.names):
             m, p = weight.flatten(1).shape
-            drawn = torch.randn(min(rank, m, p), p, generator=random, dtype=torch.float64) * p**-0.5
+            drawn = (
+                torch.randn(min(rank, m, p), p, generator=random, device=random.device, dtype=torch.float64) * p**-0.5
+            )
             self.left.append(nn.Parameter(weight.new_zeros(m, len(drawn), *[1] * (weight.dim() - 2))))
             self.right.append(nn.Parameter(drawn.to(weight).view(-1, *weight.shape[1:])))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output at the weights with their factors."""
         named = dict(self.module.named_parameters())
-        parts = zip(self.names, self.left, self.right, strict=True)
+        parts = list(zip(self.names, self.left, self.right, strict=True))
+        for name, b, _ in parts:
+            if len(b) != len(named[name]):
+                raise ValueError(
+                    f"module: {name!r} has {len(named[name])} rows and its factors {len(b)}; a head that is to grow is"
+                    " trained whole: LowRank(..., whole=...)"
+                )
         with _Along({id(named[name]): (b, a) for name, b, a in parts}, self.scale):
             return self.module(*args, **kwargs)
 
@@ -131,7 +153,7 @@ class LowRank(nn.Module):
             p.requires_grad_(name in self._trainable)
             if name in moves:
                 p += moves[name].dense()
-        return merged.train(self.training)
+        return merged
 
     def vector(self) -> TaskVector:
         """The products as a task vector of factors; what was trained whole is not in it."""
@@ -155,7 +177,7 @@ class _Along(TorchFunctionMode):
 
     def __init__(self, pairs: Mapping[int, tuple[Tensor, Tensor]], scale: float) -> None:
         super().__init__()
-        self.pairs, self.scale = pairs, scale
+        self.pairs, self.scale, self.graded = pairs, scale, torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One function, with the products added to what it makes of the weights, or to the weights."""
@@ -163,6 +185,12 @@ class _Along(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in FACTS or not any(id(a) in self.pairs for a in tree_flatten((args, kwargs))[0]):
             return func(*args, **kwargs)
+        if self.graded and not torch.is_grad_enabled():
+            raise NotImplementedError(
+                "a weight with factors is used where gradients are off inside the network (a checkpoint, an"
+                " autograd.Function, no_grad), so that its factors would get none; leave it out by where=, or"
+                " checkpoint the whole network"
+            )
         if func in COMPOSITE:
             with self:
                 return opened(func)(*args, **kwargs)

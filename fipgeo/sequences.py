@@ -17,6 +17,7 @@ from fipgeo.data import Generator, as_generator
 from fipgeo.heads import grow_head
 from fipgeo.memory import select, views
 from fipgeo.memory.views import Transform
+from fipgeo.model import OutputFn
 from fipgeo.paths import PathResult, adapt
 from fipgeo.paths.objectives.new_task import LossFn
 from fipgeo.tasks import AccuracyMatrix
@@ -123,7 +124,7 @@ def adapt_tasks(
             told = {"held_out": seen[unseen], "generator": random} | options
             if own_heads:
                 y = _own(name, y, ends)
-                told["output_fn"] = partial(_split, sizes=[b - a for a, b in pairwise(ends)])
+                told["output_fn"] = partial(_split, [b - a for a, b in pairwise(ends)], options.get("output_fn"))
             loss = partial(_last_loss, loss_fn) if own_heads else loss_fn
             paths.append(adapt(model, (x, y), loss, keep=keep, **told))
             model = paths[-1][-1].apply_(model)
@@ -150,8 +151,8 @@ class _Head(nn.Module):
         return self.model(x)[:, self.first : self.end]
 
 
-def _split(f: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    return f.split(sizes, 1)
+def _split(sizes: list[int], output_fn: OutputFn | None, f: Any) -> tuple[Tensor, ...]:
+    return (f if output_fn is None else output_fn(f)).split(sizes, 1)
 
 
 def _last_loss(loss_fn: LossFn, heads: tuple[Tensor, ...], y: Tensor) -> Tensor:

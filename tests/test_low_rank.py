@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import jacrev
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import fipgeo
 from fipgeo import LowRank, MetricField, TaskVector
@@ -159,7 +160,8 @@ def test_other_ways_to_use_a_weight_and_copies_agree_with_what_is_merged() -> No
 
 
 def test_gradients_have_the_size_of_factors() -> None:
-    slim, x = LowRank(net(), 1), draw(0, 3, 2, 4, 4)
+    wide = nn.Sequential(nn.Conv2d(2, 30, 3), nn.Flatten(), nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 3)).double()
+    slim, x = LowRank(wide, 1, scale=2.0), draw(0, 3, 2, 3, 3)
     largest, stored = 0, {p.untyped_storage().data_ptr() for p in slim.parameters()}
 
     class Sizes(TorchDispatchMode):
@@ -172,7 +174,7 @@ def test_gradients_have_the_size_of_factors() -> None:
 
     with Sizes():
         slim(x).sum().backward()
-    assert largest < slim.module.get_parameter("4.weight").numel()
+    assert largest < slim.module.get_parameter("0.weight").numel() < slim.module.get_parameter("2.weight").numel()
 
 
 def test_tied_weights_stay_tied() -> None:
@@ -217,6 +219,62 @@ def test_a_path_learns_in_the_factors_and_the_head_and_keeps_what_was() -> None:
     assert drifts[0] < 0.05 * drifts[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_networks_have_narrow_factors_drawn_by_the_generator(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    first = model.get_parameter("0.weight")
+    first.grad = torch.ones_like(first)
+    slim, same, other = (LowRank(model, 2, generator=seed) for seed in (1, 1, 2))
+    assert all(p.dtype == dtype and p.grad is None for p in slim.parameters())
+    assert torch.equal(slim.right[0], same.right[0]) and not torch.equal(slim.right[0], other.right[0])
+    filled(slim.left, 3)
+    x = draw(1, 5, 2, 4, 4).to(dtype)
+    torch.testing.assert_close(slim(x), slim.merge()(x), rtol=0.05, atol=0.05)
+
+
+def test_modes_of_parts_stay_when_it_is_merged() -> None:
+    model = net().train()
+    model[1].eval()
+    merged = LowRank(model, 1).merge()
+    assert merged.training and merged.get_submodule("4").training and not merged.get_submodule("1").training
+
+
+class Checkpointed(nn.Module):
+    """Its first half is computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(checkpoint(self.one, x, use_reentrant=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_where_factors_would_get_no_gradient_is_refused() -> None:
+    model, x = Checkpointed().double(), draw(0, 3, 4).requires_grad_()
+    with pytest.raises(NotImplementedError, match="gradients are off inside the network"):
+        LowRank(model, 1)(x)
+    with torch.no_grad():
+        LowRank(model, 1)(x)
+    LowRank(model, 1, "two.weight")(x).sum().backward()
+    parts: list[Any] = [torch.compile(nn.Linear(4, 4)), torch.jit.script(nn.Linear(4, 4).requires_grad_(False))]
+    for part in parts:
+        with pytest.raises(ValueError, match="module: '0' is compiled or scripted"):
+            LowRank(nn.Sequential(part, nn.Linear(4, 2)), 1, "1.weight")
+
+
+def test_a_head_that_grew_is_said() -> None:
+    slim = LowRank(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), 1)
+    grown = fipgeo.grow_head(slim, 3, name="module.1")
+    with pytest.raises(ValueError, match=r"'1\.weight' has 3 rows and its factors 1"):
+        grown(torch.ones(2, 4))
+    whole = fipgeo.grow_head(
+        LowRank(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), 1, whole="1.*"), 3, name="module.1"
+    )
+    assert whole(torch.ones(2, 4)).shape == (2, 3)
+
+
 def test_what_gets_factors_is_said_or_refused() -> None:
     model = net()
     model[6].requires_grad_(False)
@@ -224,7 +282,10 @@ def test_what_gets_factors_is_said_or_refused() -> None:
     assert slim.names == ["4.weight"] and not slim.training
     assert not slim.merge().get_parameter("6.weight").requires_grad
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"rank": 0}, "rank: got 0"),
+        ({"rank": 0}, "rank, scale: got 0"),
+        ({"rank": 2.0}, "rank, scale: got 2.0"),
+        ({"scale": 0.0}, "and 0.0, expected"),
+        ({"whole": "*"}, "trained whole; choose fewer"),
         ({"where": "0.bias"}, r"where: '0\.bias' has shape \[3\]"),
         ({"where": "4.*weight", "whole": "4.*"}, r"where: '4\.weight' is both"),
         ({"where": "5.*"}, "matches none"),

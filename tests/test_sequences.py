@@ -89,6 +89,21 @@ def test_heads_of_their_own_are_learned_and_compared_by_themselves() -> None:
     assert (probabilities[0] - probabilities[1][:, :2]).abs().mean() < 0.1
 
 
+def test_every_head_is_compared_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        shapes.append([f.shape[1] for f in options["output_fn"](args[0](options["keep"]))])
+        return adapt(*args, **options)
+
+    monkeypatch.setattr("fipgeo.sequences.adapt", noted)
+    learned(network(), own_heads=True, epochs=0.1)
+    assert shapes == [[2, 2], [2, 2, 2]]
+    calls = []
+    learned(network(), own_heads=True, epochs=0.1, output_fn=lambda f: calls.append(f.shape[1]) or f)
+    assert set(calls) == {4, 6}
+
+
 def test_a_head_of_its_own_needs_classes_of_its_own() -> None:
     for wrong, says in ((blobs(1, 0), "'b' has classes 0 to 1, expected classes from 2 on"), (blobs(1, 3), "3 to 4")):
         with pytest.raises(ValueError, match=says):

@@ -41,7 +41,7 @@ class HiddenFeatures(nn.Module):
 
     Args:
         field: Model, which is copied, and inputs, by which numbers are standardised. Its mask says which positions
-            count; its geometry and its choice of parameters play no part.
+            count; its geometry and its choice of parameters play no part (a frozen network needs `params="*"`).
         cells: Parts of each axis of what a convolution sees; an axis that is shorter stays as it is. None for 3, or 2
             or 1 where that makes more than `width` numbers.
         width: Most features; None for as many as there are.

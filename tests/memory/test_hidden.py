@@ -157,3 +157,14 @@ def test_bad_arguments_are_named() -> None:
     features = hidden(Forking(), x)
     with pytest.raises(ValueError, match="went through 2 linear maps, those that features were made of through 1"):
         features(-x)
+
+
+def test_a_field_says_how_the_model_is_called_and_in_which_dtype() -> None:
+    net, x = convolutions(0), draw(1, 8, 2, 6, 6)
+    batches = [{"images": part} for part in x.split(4)]
+    features = HiddenFeatures(MetricField(net, batches, forward_fn=lambda model, batch: model(2 * batch["images"])))
+    torch.testing.assert_close(features({"images": x}), hidden(net, 2 * x)(2 * x))
+    wide = HiddenFeatures(MetricField(copy.deepcopy(net).float(), x.float(), dtype=torch.float64))
+    assert wide(x.float()).dtype == torch.float64
+    moved = hidden(net, x).float()
+    torch.testing.assert_close(moved(x.float()), hidden(net, x)(x).float(), rtol=1e-3, atol=1e-3)
