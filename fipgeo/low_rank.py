@@ -120,7 +120,6 @@ class LowRank(nn.Module):
                     " others to whole="
                 )
         for name, p in named.items():
-            p.grad = None
             p.requires_grad_(name in kept)
         self.left, self.right = nn.ParameterList(), nn.ParameterList()
         random = as_generator(generator)

@@ -99,3 +99,8 @@ def test_paths_learn_a_head_after_the_other_and_keep_what_was(options: dict[str,
     assert found.average_accuracy() > 0.85 and found.average_forgetting() < 0.12 and notes["outcome"] == "reached"
     start = whole.start.state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in stream().start.state_dict().items())
+
+
+def test_methods_that_ask_old_heads_about_new_texts_are_refused() -> None:
+    with pytest.raises(ValueError, match="LwF: the old outputs of new inputs tell nothing"):
+        learn.run(stream(), learn.METHODS["LwF"](), 0)
