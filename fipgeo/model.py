@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import batch_norm
 
+from fipgeo.checkpointing import CheckpointError, CheckpointWatch
 from fipgeo.data import preserved_rng, stir
 from fipgeo.space import ALGEBRA_DTYPES, WeightSpace, Where
 from fipgeo.trees import OutputError, copied, floats, in_dtype, input_tensors, output_tensors
@@ -278,6 +279,7 @@ class OutputMap:
         Raises:
             ValueError: The forward fails, its outputs are not finite float tensors with examples first, it is random,
                 it switches to train mode, or the batch lies on another device than the weights.
+            CheckpointError: The forward uses reentrant checkpoints.
         """
         where = {str(t.device) for t in input_tensors(batch)} - {str(self.space.device)}
         if where and self.caller.forward_fn is default_forward:
@@ -289,8 +291,9 @@ class OutputMap:
         with self.frozen():
             stir(self.space.device)
             try:
-                raw = self.call(weights, batch)
-            except OutputError:
+                with torch.enable_grad(), CheckpointWatch():
+                    raw = self.call(weights, batch)
+            except (OutputError, CheckpointError):
                 raise
             except Exception as error:
                 raise ValueError(

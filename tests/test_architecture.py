@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A unit (a module or a folder directly in fipgeo) imports from itself and from levels above its own line.
 LEVELS = [
-    {"io", "lazy", "trees", "tasks", "grids"},
+    {"io", "lazy", "trees", "tasks", "grids", "checkpointing"},
     {"linalg"},
     {"space", "outputs", "data"},
     {"sources"},

@@ -1,11 +1,13 @@
 """The root by plain automatic differentiation: halves that share a forward pass, stacks, memory bounds, passes."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fipgeo import OutputMap, as_batches
 from fipgeo.jacobian import AutodiffRoot, EmbeddedOutputs
@@ -149,10 +151,31 @@ def test_a_checkpoint_is_refused_rather_than_wrong() -> None:
             self.layer = nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)  # type: ignore[return-value]
+            return checkpoint(self.layer, x, use_reentrant=False)  # type: ignore[return-value]
 
     with pytest.raises(NotImplementedError, match="checkpointed modules run again in the backward pass"):
         root_of(Checkpointed(), draw(4, 3))
+
+
+@pytest.mark.parametrize("inputs_need_grad", [False, True])
+def test_a_reentrant_checkpoint_is_refused_though_torch_says_nothing(inputs_need_grad: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.on = nn.Linear(3, 3), nn.Linear(3, 2), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = checkpoint(self.first, x, use_reentrant=True) if self.on else self.first(x)
+            with torch.no_grad():
+                size = x.square().sum(1, keepdim=True)  # no gradient is no offence by itself
+            return self.second(hidden) * size
+
+    module, x = Checkpointed().double(), draw(4, 3).requires_grad_(inputs_need_grad)
+    with warnings.catch_warnings(), pytest.raises(NotImplementedError, match="its forward uses reentrant checkpoints"):
+        warnings.simplefilter("ignore")
+        root_of(module, x)
+    module.on = False
+    assert root_of(module, x).shape == (8, 20)
 
 
 def test_a_derivative_that_is_not_finite_is_named() -> None:
