@@ -5,7 +5,7 @@ Axis letters: n vectors, K parts of the tensor, m weights of a part, P weights o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -35,21 +35,25 @@ class Block(nn.Module):
         data: The vectors `[K, n, m]`, each weight at its place, zero where a part is one weight short.
         shape: Of the tensor.
         size: n and K.
+        rows: The vectors `[n, P]` where they are one part and in memory, else None.
     """
 
     data: Tensor
     order: Tensor | None
+    rows: Tensor | None
 
     def __init__(self, vectors: Tensor, order: Tensor | None = None, parts: int = 1) -> None:
         super().__init__()
         self._describe(vectors.shape[1:], len(vectors), order, parts, vectors.device)
         self.register_buffer("data", self._parted(vectors), persistent=False)
+        self.rows = self.data[0] if self.order is None else None
 
     def _describe(self, shape: torch.Size, count: int, order: Tensor | None, parts: int, device: torch.device) -> None:
         parted = order is not None and parts > 1
         self.shape, self.size = shape, (count, parts if parted else 1)
         order = order.to(device) if order is not None and parted else None
         self.register_buffer("order", order, persistent=False)
+        self.rows = None
 
     def _parted(self, vectors: Tensor) -> Tensor:
         """Vectors `[n, *shape]` as `[K, n, m]`."""
@@ -74,8 +78,6 @@ class Block(nn.Module):
         """
         lead, data = weights.shape[:-2], self.data
         plain = self.order is None and data.dtype == weights.dtype
-        if plain and not lead and base is not None and base.dtype == weights.dtype:  # one sum, without detours
-            return torch.addmv(base.reshape(-1), data[0].t(), weights.view(-1)).view(self.shape)
         rows = weights.reshape(-1, *weights.shape[-2:]).permute(2, 0, 1)  # [K, k, n]
         start = None if base is None else base.reshape(1, -1).to(weights.dtype)
         if plain:
@@ -86,11 +88,36 @@ class Block(nn.Module):
             out = out if start is None else out.add_(start)
         return out.reshape((*lead, *self.shape))
 
+    def compose_one(self, weights: Tensor, base: Tensor) -> Tensor:
+        """The sum `[*shape]` for flat weights `[n K]`, plus the base: `compose` without detours where there are none.
+
+        Networks have hundreds of small tensors, whose sums take less time than a look at the buffers of a module.
+        """
+        rows = self._plain(weights.dtype)
+        if rows is None or base.dtype != weights.dtype:
+            return self.compose(weights.view(self.size), base)
+        return torch.addmv(base.reshape(-1), rows.t(), weights).view(self.shape)
+
+    def project_one(self, gradient: Tensor) -> Tensor:
+        """Inner products `[n K]` with one gradient `[*shape]`: `project` without detours where there are none."""
+        rows = self._plain(gradient.dtype)
+        if rows is None:
+            return self.project(gradient).reshape(-1)
+        return torch.mv(rows, gradient.reshape(-1))
+
+    def _plain(self, dtype: torch.dtype) -> Tensor | None:
+        """The vectors `[n, P]` where they are not divided and lie in this dtype."""
+        return self.rows if self.rows is not None and self.rows.dtype == dtype else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
+        """Casts and moves, as for any module."""
+        super()._apply(fn, recurse)
+        self.rows = None if self.rows is None else self.data[0]
+        return self
+
     def project(self, gradient: Tensor) -> Tensor:
         """Inner products of gradients `[..., *shape]` with the vectors, `[..., n, K]`: the adjoint of `compose`."""
         lead, data = gradient.shape[: gradient.dim() - len(self.shape)], self.data
-        if not lead and self.order is None and data.dtype == gradient.dtype:
-            return torch.mv(data[0], gradient.reshape(-1))[:, None]
         rows = gradient.reshape(lead.numel(), -1)
         if self.order is not None:
             table = rows.new_zeros(len(rows), data.shape[0] * data.shape[2])
@@ -131,6 +158,10 @@ class StreamedBlock(Block):
         for row, entry in zip(out, self.entries, strict=True):
             write(entry, row)
         return self._parted(out)
+
+    def _plain(self, dtype: torch.dtype) -> Tensor | None:
+        """As for a block in memory."""
+        return self.data[0] if self.order is None and self.dtype == dtype else None
 
 
 class FactoredBlock(Block):
@@ -250,6 +281,10 @@ class Sums:
 
     def compose(self, flat: Tensor) -> tuple[Tensor, ...]:
         """The sums `[..., *shape]`."""
+        if flat.dim() == 1 and self.bases is not None:
+            pieces = flat.index_select(0, self.index).split(self.sizes)
+            whole = [b.compose_one(w, base) for b, w, base in zip(self.blocks, pieces, self.bases, strict=True)]
+            return tuple(out if out.dtype == d else out.to(d) for out, d in zip(whole, self.dtypes, strict=True))
         bases = [None] * len(self.blocks) if self.bases is None else self.bases
         rows = zip(self.blocks, self.parts(flat), bases, self.dtypes, strict=True)
         sums = ((block.compose(weights, base), dtype) for block, weights, base, dtype in rows)
@@ -261,6 +296,10 @@ class Sums:
             (g.shape[: g.dim() - len(b.shape)] for b, g in zip(self.blocks, grads, strict=True) if g is not None), ()
         )
         like = self.index.new_zeros((), dtype=dtype)
+        if not lead:
+            pairs = zip(self.blocks, grads, self.sizes, strict=True)
+            met = [like.new_zeros(n) if g is None else b.project_one(g.to(dtype)) for b, g, n in pairs]
+            return like.new_zeros(size).index_add_(0, self.index, torch.cat(met)) if met else like.new_zeros(size)
         found = [
             like.new_zeros((*lead, n)) if g is None else b.project(g.to(dtype)).flatten(-2)
             for b, g, n in zip(self.blocks, grads, self.sizes, strict=True)
