@@ -40,20 +40,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from benchmarks.anonymous import Peak, held_apart
-from benchmarks.banks import (
-    BACKBONE,
-    FILES,
-    TEST,
-    TRAIN,
-    VALIDATION,
-    Images,
-    accuracy,
-    bank,
-    head,
-    images,
-    scores,
-    trunk,
-)
+from benchmarks.backbones import FILES, RESNET, RESNET20, TEST, TRAIN, VALIDATION
+from benchmarks.banks import Examples, accuracy, bank, head, scores
 from benchmarks.cells import Cell, Record, measure, options
 from benchmarks.models import Inputs, build
 from benchmarks.pretrained import _images, _labels, _network
@@ -219,8 +207,8 @@ def ratios(times: dict[str, float], other: str) -> list[Record]:
 
 def few_shot(name: str, count: int, seed: int) -> list[Record]:
     """A task from a few images of each class, by the other tasks' vectors."""
-    task, base = images(name), trunk()
-    others = [images(other) for other in ADDED if other != name]
+    task, base = RESNET20.examples(name), RESNET20.trunk()
+    others = [RESNET20.examples(other) for other in ADDED if other != name]
     x, y = task.shots(count, seed)
     labels = torch.searchsorted(y.unique(), y)
     data, classes = (x, labels), head(base, x, y)
@@ -228,7 +216,7 @@ def few_shot(name: str, count: int, seed: int) -> list[Record]:
     steps = 30 * max(10, -(-len(x) // 128))
     draws = torch.Generator().manual_seed(seed)
     batches = ([part] for part in shuffled(data, forward, 128, draws))
-    vectors = list(bank(others).values())
+    vectors = list(bank(RESNET20, others).values())
     model = Composition(base, vectors).eval()
     theirs = adamw(model, batches, steps, lr=0.1, cosine=True)
     goals = [Goal(data, forward_fn=forward)]
@@ -237,13 +225,13 @@ def few_shot(name: str, count: int, seed: int) -> list[Record]:
 
 def addition(names: list[str], seed: int) -> list[Record]:
     """All tasks at once, on their validation images."""
-    tasks, base = [images(name) for name in names], trunk()
+    tasks, base = [RESNET20.examples(name) for name in names], RESNET20.trunk()
     heads = [head(base, *task.train) for task in tasks]
     forwards = [scores(classes) for classes in heads]
     draws = torch.Generator().manual_seed(seed)
     streams = [shuffled(t.validation, forward, 16, draws) for t, forward in zip(tasks, forwards, strict=True)]
     batches = ([next(stream) for stream in streams] for _ in cycle([0]))
-    model = Composition(base, list(bank(tasks).values())).eval()
+    model = Composition(base, list(bank(RESNET20, tasks).values())).eval()
     steps = 20 * -(-len(tasks[0].validation[0]) // 16)
     theirs = adamw(model, batches, steps, lr=1e-3, cosine=False)
     goals = [
@@ -255,7 +243,7 @@ def addition(names: list[str], seed: int) -> list[Record]:
 
 def negation(name: str, seed: int) -> list[Record]:
     """A task is unlearned, CIFAR-10 kept, by the vectors of all tasks."""
-    tasks, base = [images(name), known()], trunk()
+    tasks, base = [RESNET20.examples(name), known()], RESNET20.trunk()
     heads = [head(base, *task.train) for task in tasks]
     forwards = [scores(classes) for classes in heads]
     rate, epochs = NEGATED[name]
@@ -263,7 +251,7 @@ def negation(name: str, seed: int) -> list[Record]:
     streams = [shuffled(t.train, forward, 64, draws) for t, forward in zip(tasks, forwards, strict=True)]
     signs = (-2.0, 2.0)  # `adamw` takes the mean over the two
     batches = ([(*next(stream), sign) for stream, sign in zip(streams, signs, strict=True)] for _ in cycle([0]))
-    model = Composition(base, list(bank([images(task) for task in ADDED]).values())).eval()
+    model = Composition(base, list(bank(RESNET20, [RESNET20.examples(task) for task in ADDED]).values())).eval()
     theirs = adamw(model, batches, epochs * -(-len(tasks[0].train[0]) // 64), lr=rate, cosine=False)
     goals = [
         Goal(task.train, forward_fn=forward, weight=sign / 2)
@@ -280,12 +268,12 @@ def shuffled(data: tuple[Tensor, Tensor], forward: Any, size: int, draws: torch.
             yield forward, (x[part], y[part])
 
 
-def known() -> Images:
+def known() -> Examples:
     """The network's own task, by its first images."""
-    _, data, norm = _network(BACKBONE)
-    x, y = _images(data, "train", norm, BACKBONE), _labels(data, "train")
-    test = _images(data, "test", norm, BACKBONE, slice(TEST)), _labels(data, "test")[:TEST]
-    return Images(data, (x[:TRAIN], y[:TRAIN]), (x[TRAIN:][:VALIDATION], y[TRAIN:][:VALIDATION]), test)
+    _, data, norm = _network(RESNET)
+    x, y = _images(data, "train", norm, RESNET), _labels(data, "train")
+    test = _images(data, "test", norm, RESNET, slice(TEST)), _labels(data, "test")[:TEST]
+    return Examples(data, (x[:TRAIN], y[:TRAIN]), (x[TRAIN:][:VALIDATION], y[TRAIN:][:VALIDATION]), test)
 
 
 def adamw(model: Composition, batches: Iterator[list[Any]], steps: int, *, lr: float, cosine: bool) -> Record:
@@ -310,7 +298,7 @@ def compared(
     model: Composition,
     goals: list[Goal],
     theirs: Record,
-    tests: list[tuple[Images, Tensor]],
+    tests: list[tuple[Examples, Tensor]],
     seed: int,
     sample: int | None = None,
 ) -> list[Record]:
@@ -355,7 +343,7 @@ def noted(method: str, loss: float, *, passes: float, seconds: float) -> list[Re
     ]
 
 
-def judged(method: str, model: Composition, tests: list[tuple[Images, Tensor]]) -> list[Record]:
+def judged(method: str, model: Composition, tests: list[tuple[Examples, Tensor]]) -> list[Record]:
     """Accuracy of each task on its test images, and their mean."""
     net = model.merge()
     found = {task.name: round(100 * accuracy(net, classes, task.test), 2) for task, classes in tests}

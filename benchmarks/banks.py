@@ -1,116 +1,158 @@
-"""A bank of task vectors of a CIFAR ResNet-20, made from image sets, for `benchmarks.atlas`.
+"""Banks of task vectors: what a backbone is, and how its trunk is fine-tuned on each of its tasks.
 
-The network is the trunk of `akamaster_cifar10_resnet20`. A task's head is made once of labelled images and never
-trained: the cosines of features with the mean feature of each class in the pretrained network, times 16. Fine-tuning
-moves the trunk under that head (AdamW, 1e-3, decaying along a cosine; BatchNorm by the statistics of the pretrained
-network), and what it adds is the task vector. Vectors are kept in benchmarks/.cache.
+A task's head is made once of labelled examples and never trained: the cosines of features with the mean feature of each
+class in the pretrained network, times 16. Fine-tuning moves the trunk under that head (AdamW, decaying along a cosine;
+always in eval mode, so that BatchNorm keeps the statistics of the pretrained network and nothing is dropped), and what
+it adds is the task vector. Vectors are kept in benchmarks/.cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, normalize
+from torch.nn.functional import cross_entropy, normalize
 
-from benchmarks.pretrained import _network, folder
 from benchmarks.streams import CACHE
 from fipgeo import TaskVector
 
-FILES = {
-    "mnist": "mnist",
-    "fashion": "fashion_mnist",
-    "usps": "usps16",
-    "gtsrb": "gtsrb32",
-    "eurosat": "eurosat32",
-    "omniglot": "omniglot28_small",
-}
-BACKBONE = "akamaster_cifar10_resnet20"
-TRAIN, VALIDATION, TEST = 2000, 400, 1000
-"""Images of each task: for the bank, for learning coefficients, and for the accuracy that is reported."""
+Labelled = tuple[Tensor, Tensor]
 SHARPNESS = 16.0
 RATE = 1e-3
+"""The learning rate that names of files do not mention."""
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
-    """Labelled images of a task in three disjoint parts; those for the test are of the test set."""
+class Examples:
+    """Labelled examples of a task in three disjoint parts; those for the test are of the test set."""
 
     name: str
-    train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    train: Labelled
+    validation: Labelled
+    test: Labelled
 
-    def shots(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """`count` images of each class from the training part."""
+    def shots(self, count: int, seed: int) -> Labelled:
+        """`count` examples of each class from the training part."""
         x, y = self.train
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
         chosen = torch.cat([order[y[order] == label][:count] for label in y.unique().tolist()])
         return x[chosen], y[chosen]
 
 
-def trunk() -> nn.Module:
-    """The pretrained network without its last layer, in eval mode: images to 64 features."""
-    net, _, _ = _network(BACKBONE)
-    net.linear = nn.Identity()
-    return net.eval()
+class Control(NamedTuple):
+    """What a pretrained network is good at already, under a head of its own.
+
+    Attributes:
+        name: Of the task, which may be one of the bank.
+        top: Features -> scores.
+        validation: For learning coefficients and for every choice.
+        test: For the accuracy that is reported.
+    """
+
+    name: str
+    top: Callable[[Tensor], Tensor]
+    validation: Labelled
+    test: Labelled
 
 
-def images(name: str) -> Images:
-    """A task, by a fixed draw."""
-    _, _, norm = _network(BACKBONE)
-    parts = {split: _read(FILES[name], split) for split in ("train", "test")}
-    draws = torch.Generator().manual_seed(0)
+class Learning(NamedTuple):
+    """How published rules learn the coefficients of all tasks at once; the defaults are as published.
 
-    def take(split: str, order: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = (torch.from_numpy(part[order.numpy()]) for part in parts[split])
-        return _prepared(x, norm), y.long()
+    Attributes:
+        adamw: Learning rate of AdamW, with labels.
+        entropy: That of AdaMerging.
+        steps: Of AdaMerging.
+    """
 
-    first = torch.randperm(len(parts["train"][1]), generator=draws)
-    test = torch.randperm(len(parts["test"][1]), generator=draws)[:TEST]
-    end = min(len(first) - VALIDATION, TRAIN)
-    return Images(name, take("train", first[:end]), take("train", first[end : end + VALIDATION]), take("test", test))
+    adamw: float = 1e-3
+    entropy: float = 1e-3
+    steps: int = 500
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A pretrained network, the tasks that its trunk is tuned on, and one that it is good at already.
+
+    Attributes:
+        name: Such as "vit".
+        file: What its vectors are called in the cache.
+        trunk: Makes it anew in eval mode, inputs to features; parameters that want no gradient are not tuned.
+        tasks: Names.
+        forgotten: Those that are to be forgotten, by vectors of these alone.
+        examples: Those of a task.
+        control: What is to be kept then.
+        epochs: Of fine-tuning.
+        rate: Its learning rate.
+        batch: Examples of a step of it.
+        others: Epochs and rates of banks that this one was chosen from, beside its own.
+        depth: Name of a tensor -> number of its layer; None for the first number in the name.
+        learning: How coefficients of all tasks are learned by others' rules.
+    """
+
+    name: str
+    file: str
+    trunk: Callable[[], nn.Module]
+    tasks: tuple[str, ...]
+    forgotten: tuple[str, ...]
+    examples: Callable[[str], Examples]
+    control: Callable[[], Control]
+    epochs: int
+    rate: float
+    batch: int
+    others: tuple[tuple[int, float], ...]
+    depth: Callable[[str], int | None] | None = None
+    learning: Learning = Learning()
 
 
 def head(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Mean features of the classes, each of length 1, `[classes, 64]`."""
+    """Mean features of the classes, each of length 1, `[classes, width]`."""
     found = features(net, x)
     return normalize(torch.stack([normalize(found[y == label], dim=1).mean(0) for label in y.unique()]), dim=1)
 
 
+def cosine(classes: Tensor) -> Callable[[Tensor], Tensor]:
+    """Features -> the scores of a task under its head."""
+    return lambda features: SHARPNESS * normalize(features, dim=1) @ classes.T
+
+
 def scores(classes: Tensor) -> Any:
     """(network, batch) -> the scores of a task under its head."""
-    return lambda net, batch: SHARPNESS * normalize(net(batch[0]), dim=1) @ classes.T
+    top = cosine(classes)
+    return lambda net, batch: top(net(batch[0]))
 
 
 @torch.no_grad()
 def features(net: nn.Module, x: Tensor) -> Tensor:
-    """What the trunk makes of images."""
+    """What the trunk makes of inputs."""
     return torch.cat([net(part) for part in x.split(250)])
 
 
-def accuracy(net: nn.Module, classes: Tensor, data: tuple[Tensor, Tensor]) -> float:
-    """Share of images whose best score is their label's."""
+def accuracy(net: nn.Module, classes: Tensor, data: Labelled) -> float:
+    """Share of examples whose best score is their label's."""
     return float((features(net, data[0]) @ classes.T).argmax(1).eq(data[1]).double().mean())
 
 
-def bank(tasks: list[Images], epochs: int = 6, batch: int = 100, rate: float = RATE) -> dict[str, TaskVector]:
-    """The task vectors, made or read."""
-    return {task.name: _vector(task, epochs, batch, rate) for task in tasks}
+def bank(
+    backbone: Backbone, tasks: Sequence[Examples], epochs: int | None = None, rate: float | None = None
+) -> dict[str, TaskVector]:
+    """The task vectors, made or read; epochs and learning rate are the backbone's unless told."""
+    epochs, rate = backbone.epochs if epochs is None else epochs, backbone.rate if rate is None else rate
+    return {task.name: _vector(backbone, task, epochs, rate) for task in tasks}
 
 
-def _vector(task: Images, epochs: int, batch: int, rate: float) -> TaskVector:
+def _vector(backbone: Backbone, task: Examples, epochs: int, rate: float) -> TaskVector:
     other = "" if rate == RATE else f"-rate{rate}"
-    path = CACHE / f"bank-{BACKBONE}-{task.name}-epochs{epochs}{other}.safetensors"
+    path = CACHE / f"bank-{backbone.file}-{task.name}-epochs{epochs}{other}.safetensors"
     if path.exists():
         return TaskVector.load(path)
-    base, net, random = trunk(), trunk(), torch.Generator().manual_seed(0)
-    x, y = task.train
+    base, net, random = backbone.trunk(), backbone.trunk(), torch.Generator().manual_seed(0)
+    (x, y), batch = task.train, backbone.batch
     forward = scores(head(base, x, y))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
+    tuned = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(tuned.values(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(x) // batch))
     for _ in range(epochs):
         for part in torch.randperm(len(x), generator=random).split(batch)[: len(x) // batch]:
@@ -119,27 +161,6 @@ def _vector(task: Images, epochs: int, batch: int, rate: float) -> TaskVector:
             optimizer.step()
             schedule.step()
     CACHE.mkdir(exist_ok=True)
-    found = TaskVector.between(base, net)
+    found = TaskVector.between(base, net, lambda name, _: name in tuned)
     found.save(path, overwrite=True)
     return found
-
-
-def _read(file: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels; Omniglot, whose file has no splits, is cut: 15 drawings of each character to learn from."""
-    with np.load(folder() / "images" / f"{file}.npz") as archive:
-        if f"{split}_images" in archive:
-            return archive[f"{split}_images"], archive[f"{split}_labels"].astype(np.int64)
-        pictures, labels = archive["images"], archive["labels"].astype(np.int64)
-    place = np.zeros(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        place[labels == label] = np.arange((labels == label).sum())
-    chosen = place < 15 if split == "train" else place >= 15
-    return pictures[chosen], labels[chosen]
-
-
-def _prepared(x: Tensor, norm: Any) -> Tensor:
-    """Colour images of 32 x 32 as the network wants them."""
-    x = x.float().div(255)
-    x = x[:, None].expand(-1, 3, -1, -1) if x.dim() == 3 else x
-    mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in norm)
-    return (interpolate(x, size=(32, 32), mode="bilinear", align_corners=False) - mean) / std

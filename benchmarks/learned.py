@@ -18,7 +18,7 @@ from benchmarks.merges import (
     shuffled,
     summed,
     supervised,
-    trims,
+    trimmed,
     uncertain,
 )
 from fipgeo import Composition, TaskVector
@@ -32,33 +32,33 @@ LOOK = 10
 
 
 def by_adamw(at: Setting, seed: int, *, epochs: int = 20, size: int = 16) -> Merged:
-    """The published recipe of aTLAS: labels of validation images, from 0, the last step."""
+    """The published recipe of aTLAS: labels of validation examples, from 0, the last step."""
     draws, model = torch.Generator().manual_seed(seed), Composition(at.base, at.vectors).eval()
     terms = [(supervised(task), shuffled(*task.validation, size, draws)) for task in at.tasks]
     steps = epochs * (len(at.tasks[0].validation[0]) // size)
-    descended(model, terms, steps, torch.optim.AdamW([model.coefficients], lr=1e-3, weight_decay=0.1))
+    descended(model, terms, steps, torch.optim.AdamW([model.coefficients], lr=at.learning.adamw, weight_decay=0.1))
     return model.merge(), f"{steps} steps"
 
 
-def by_entropy(at: Setting, seed: int, *, part: str = "validation", steps: int = 500, size: int = 16) -> Merged:
+def by_entropy(at: Setting, seed: int, *, part: str = "validation", steps: int | None = None, size: int = 16) -> Merged:
     """Layer-wise AdaMerging: the entropy of predictions on inputs without labels, from the tuned common scale."""
-    start = float(at.isotropic[1].rpartition(" ")[2])
+    start, steps = float(at.isotropic[1].rpartition(" ")[2]), at.learning.steps if steps is None else steps
     draws, model = torch.Generator().manual_seed(seed), Composition(at.base, at.vectors, start=start).eval()
-    images = [task.test if part == "test" else task.validation for task in at.tasks]
-    terms = [(uncertain(task), shuffled(x, y, size, draws)) for task, (x, y) in zip(at.tasks, images, strict=True)]
+    inputs = [task.test if part == "test" else task.validation for task in at.tasks]
+    terms = [(uncertain(task), shuffled(x, y, size, draws)) for task, (x, y) in zip(at.tasks, inputs, strict=True)]
 
     def clamp(_: int) -> None:
         with torch.no_grad():
             model.coefficients.clamp_(0.0, 1.0)
 
-    descended(model, terms, steps, torch.optim.Adam([model.coefficients], lr=1e-3), after=clamp)
+    descended(model, terms, steps, torch.optim.Adam([model.coefficients], lr=at.learning.entropy), after=clamp)
     return model.merge(), f"{steps} steps"
 
 
 def by_ours(at: Setting, seed: int, *, ridge: float = 0.03, steps: int = 15) -> Merged:
     """The same labels, by steps in the metric: from the tuned Iso-C merge, over its vectors.
 
-    The ridge draws coefficients to that merge, which is the best of the rules without gradients on validation images;
+    The ridge draws coefficients to that merge, which is the best of the rules without gradients on validation examples;
     neither its weight nor the number of steps was tuned.
     """
     vectors = isotropise(at.vectors)
@@ -81,7 +81,8 @@ LEARNED: dict[str, Callable[[Setting, int], Merged]] = {
 def taken_back(at: Setting, place: int, kept: Task, candidates: dict[str, TaskVector]) -> Merged:
     """The negative of some vector, at the scale that leaves least of the target and enough of the control.
 
-    Accuracies are on validation images; the scale grows until the control is below the floor, and is halved back once.
+    Accuracies are on validation examples; the scale grows until the control is below the floor, and is halved back
+    once.
     """
     target = at.tasks[place]
     least = FLOOR * kept.accuracy(at.base, kept.validation)
@@ -106,7 +107,7 @@ def taken_back(at: Setting, place: int, kept: Task, candidates: dict[str, TaskVe
 def by_ascent(at: Setting, place: int, kept: Task, seed: int, *, steps: int = 120, size: int = 64) -> Merged:
     """The published recipe: cross-entropy of the control less that of the target, by AdamW from 0.
 
-    The best of the looks at validation images, one every ten steps: least of the target with the control above the
+    The best of the looks at validation examples, one every ten steps: least of the target with the control above the
     floor. A run ends at the second look in a row that finds the control below it.
     """
     target, draws = at.tasks[place], torch.Generator().manual_seed(seed)
@@ -131,7 +132,7 @@ def by_ascent(at: Setting, place: int, kept: Task, seed: int, *, steps: int = 12
 
 
 def by_forgetting(at: Setting, place: int, kept: Task, seed: int, *, ridge: float = 1e-2, steps: int = 30) -> Merged:
-    """From the tuned Iso-C negation, by steps in the metric; half of the control's validation images judge the floor.
+    """From the tuned Iso-C negation, by steps in the metric; half of the control's validation examples judge the floor.
 
     The vectors are the target's as Iso-C makes it, and the others as they are. Which half judges is drawn for each
     target, so that what one half says of them all is not the same chance.
@@ -150,7 +151,7 @@ def by_forgetting(at: Setting, place: int, kept: Task, seed: int, *, ridge: floa
 
 def _by_rule(rule: str) -> Callable[[Setting, int, Task, int], Merged]:
     def run(at: Setting, place: int, kept: Task, seed: int) -> Merged:
-        return taken_back(at, place, kept, trims(at.vectors[place], at.vectors, place, seed)[rule])
+        return taken_back(at, place, kept, trimmed(rule, at.vectors, place, seed))
 
     return run
 

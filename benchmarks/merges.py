@@ -1,57 +1,39 @@
 """Ways to make one network of a bank of task vectors, each by its own rule, for `benchmarks.merging`.
 
-Choices are made on validation images, which no vector was made of; scales on a grid. Nothing looks at labels of test
-images.
+Choices are made on validation examples, which no vector was made of; scales on a grid. Nothing looks at labels of test
+examples.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.banks import (
-    BACKBONE,
-    FILES,
-    RATE,
-    SHARPNESS,
-    TEST,
-    VALIDATION,
-    Images,
-    _prepared,
-    bank,
-    head,
-    images,
-    trunk,
-)
-from benchmarks.pretrained import _network, folder
+from benchmarks.banks import Backbone, Labelled, Learning, bank, cosine, head
 from fipgeo import Composition, TaskVector
 from fipgeo.atlas import Goal, dare, isotropise, lines, ties, trim, whiten
 
-Labelled = tuple[Tensor, Tensor]
 SCALES = (0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
 """Scales of a vector that is added, in order."""
-WIDTH = 64
-"""Features of the trunk."""
 SHORT = 10
 """Classes among which cross-entropy is taken where coefficients are solved for."""
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Labelled images under a head that is not trained.
+    """Labelled examples under a head that is not trained.
 
     Attributes:
         name: Such as "mnist".
-        top: Features `[n, 64]` -> scores `[n, C]`.
-        train: Images that the bank's vector was made of; none for the control.
+        top: Features `[n, width]` -> scores `[n, C]`.
+        train: Examples that the bank's vector was made of; none for the control.
         validation: For learning coefficients and for every choice.
         test: For the accuracy that is reported.
     """
@@ -68,19 +50,19 @@ class Task:
 
     @torch.no_grad()
     def accuracy(self, net: nn.Module, data: Labelled) -> float:
-        """Per cent of images whose best score is their label's."""
+        """Per cent of examples whose best score is their label's."""
         found = torch.cat([self.scores(net, (part,)).argmax(1) for part in data[0].split(250)])
         return 100 * float(found.eq(data[1]).double().mean())
 
-    @property
-    def size(self) -> int:
+    @torch.no_grad()
+    def size(self, net: nn.Module) -> int:
         """The number of classes."""
-        return self.top(torch.zeros(1, WIDTH)).shape[1]
+        return self.scores(net, (self.validation[0][:1],)).shape[1]
 
     def goal(self, net: nn.Module, data: Labelled, weight: float = 1.0) -> Goal:
         """Cross-entropy; among many classes, of the label and those that a network scores highest for each example."""
         x, y = data[0].contiguous(), data[1]
-        if self.size <= SHORT:
+        if self.size(net) <= SHORT:
             return Goal((x, y), weight=weight, forward_fn=self.scores)
         with torch.no_grad():
             found = torch.cat([self.scores(net, (part,)) for part in data[0].split(250)])
@@ -94,11 +76,21 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """A pretrained trunk, tasks, and the vector of each."""
+    """A pretrained trunk, tasks, and the vector of each.
+
+    Attributes:
+        base: The trunk.
+        tasks: They share it.
+        vectors: One for each.
+        depth: Name of a tensor -> number of its layer; None for the first number in the name.
+        learning: How coefficients are learned by others' rules.
+    """
 
     base: nn.Module
     tasks: Sequence[Task]
     vectors: Sequence[TaskVector]
+    depth: Callable[[str], int | None] | None = None
+    learning: Learning = Learning()
 
     @cached_property
     def whole(self) -> TaskVector:
@@ -110,53 +102,46 @@ class Setting:
         """The sum of all vectors at the scale that validation chooses."""
         return scaled(self, {"": self.whole})
 
-    def only(self, index: int) -> Setting:
-        """One task with its own vector."""
-        return Setting(self.base, [self.tasks[index]], [self.vectors[index]])
+    def only(self, *names: str) -> Setting:
+        """Some tasks with their own vectors."""
+        places = [place for place, task in enumerate(self.tasks) if task.name in names]
+        return replace(self, tasks=[self.tasks[i] for i in places], vectors=[self.vectors[i] for i in places])
 
     def rows(self, net: nn.Module, part: str) -> dict[str, float]:
-        """Accuracy of each task on its "validation" or "test" images."""
+        """Accuracy of each task on its "validation" or "test" examples."""
         return {task.name: round(task.accuracy(net, getattr(task, part)), 2) for task in self.tasks}
 
     def validated(self, net: nn.Module) -> float:
-        """Mean accuracy on validation images."""
+        """Mean accuracy on validation examples."""
         return statistics.fmean(self.rows(net, "validation").values())
 
 
-def setting(names: Sequence[str] = tuple(FILES), epochs: int = 6, rate: float = RATE) -> Setting:
-    """The tasks of the bank, with pretrained network and vectors of so many epochs at a learning rate."""
-    base = trunk().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    sets = [images(name) for name in names]
-    return Setting(base, [_task(base, task) for task in sets], list(bank(sets, epochs, rate=rate).values()))
+def setting(backbone: Backbone, epochs: int | None = None, rate: float | None = None) -> Setting:
+    """The tasks of a backbone, with its pretrained trunk and the vectors of its bank or of another."""
+    base = backbone.trunk().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    sets = [backbone.examples(name) for name in backbone.tasks]
+    tasks = [
+        Task(one.name, cosine(head(base, *one.train)), *map(_laid, (one.train, one.validation, one.test)))
+        for one in sets
+    ]
+    vectors = list(bank(backbone, sets, epochs, rate).values())
+    return Setting(base, tasks, vectors, backbone.depth, backbone.learning)
 
 
-def _task(base: nn.Module, task: Images) -> Task:
-    classes = head(base, *task.train)
-    parts = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in (task.train, task.validation, task.test)]
-    return Task(task.name, cosine(classes), *parts)
+def control(backbone: Backbone) -> Task:
+    """What the backbone is good at already."""
+    name, top, validation, test = backbone.control()
+    return Task(name, top, None, _laid(validation), _laid(test))
 
 
-def cosine(classes: Tensor) -> Callable[[Tensor], Tensor]:
-    """The head of the bank's tasks."""
-    return lambda features: SHARPNESS * F.normalize(features, dim=1) @ classes.T
-
-
-def control() -> Task:
-    """CIFAR-10 under the head of the pretrained network; images that it was not trained on, for choices too."""
-    net, _, norm = _network(BACKBONE)
-    last = net.linear
-    assert isinstance(last, nn.Linear)
-    weight, bias = last.weight.detach(), last.bias.detach()
-    with np.load(folder() / "images" / "cifar10_test.npz") as archive:
-        x, y = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"]).long()
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    first, second = order[:VALIDATION], order[VALIDATION : VALIDATION + TEST]
-    parts = [(_prepared(x[i], norm).contiguous(memory_format=torch.channels_last), y[i]) for i in (first, second)]
-    return Task("cifar10", lambda features: features @ weight.T + bias, None, *parts)
+def _laid(data: Labelled) -> Labelled:
+    """Images with channels last; other inputs as they are."""
+    x, y = data
+    return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), y
 
 
 def scaled(at: Setting, candidates: Mapping[str, TaskVector]) -> tuple[nn.Module, str]:
-    """The best of some vectors and scales by mean accuracy on validation images; no scale is tried after two falls."""
+    """The best of some vectors and scales by mean accuracy on validation; no scale is tried after two falls."""
     best, chosen, name = -1.0, at.base, ""
     for label, vector in candidates.items():
         top, falls = -1.0, 0
@@ -185,12 +170,6 @@ def summed(vectors: Sequence[TaskVector]) -> TaskVector:
     return sum(rest, first)
 
 
-def depth(name: str) -> int | None:
-    """The number of a residual block of the ResNet-20, counted from 0; None outside of them."""
-    parts = name.split(".")
-    return 3 * (int(parts[0][5:]) - 1) + int(parts[1]) if parts[0].startswith("layer") else None
-
-
 def by_ties(at: Setting, seed: int) -> tuple[nn.Module, str]:
     """TIES; share of weights kept and scale by validation."""
     del seed
@@ -214,7 +193,7 @@ def by_lines(at: Setting, seed: int) -> tuple[nn.Module, str]:
     best, chosen, name = -1.0, at.base, ""
     for alpha in (0.5 * unit, unit):
         for beta in (0.0, 0.5 * unit, unit, 2 * unit):
-            net = lines(at.whole, alpha, beta, depth_of=depth).apply_to(at.base)
+            net = lines(at.whole, alpha, beta, depth_of=at.depth).apply_to(at.base)
             found = at.validated(net)
             if found > best:
                 best, chosen, name = found, net, f"alpha {alpha:g} beta {beta:g}"
@@ -277,13 +256,14 @@ def uncertain(task: Task) -> Callable[..., Tensor]:
     return loss
 
 
-def trims(vector: TaskVector, vectors: Sequence[TaskVector], place: int, seed: int) -> dict[str, dict[str, TaskVector]]:
-    """One task's vector in the forms of the published rules, to be taken back."""
-    draws = torch.Generator().manual_seed(seed)
-    return {
-        "isotropic": {"": vector},
-        "TIES": {f"keep {keep}": trim(vector, keep) for keep in (0.2, 0.5)},
-        "DARE": {f"drop {drop}": dare(vector, drop, generator=draws) for drop in (0.5, 0.9)},
-        "TSV": {"": whiten(vectors)[place]},
-        "Iso-C": {"": isotropise([vector])[0]},
+def trimmed(rule: str, vectors: Sequence[TaskVector], place: int, seed: int) -> dict[str, TaskVector]:
+    """One task's vector in the forms of a published rule, to be taken back."""
+    vector, draws = vectors[place], torch.Generator().manual_seed(seed)
+    forms: dict[str, Callable[[], dict[str, TaskVector]]] = {
+        "isotropic": lambda: {"": vector},
+        "TIES": lambda: {f"keep {keep}": trim(vector, keep) for keep in (0.2, 0.5)},
+        "DARE": lambda: {f"drop {drop}": dare(vector, drop, generator=draws) for drop in (0.5, 0.9)},
+        "TSV": lambda: {"": whiten(vectors)[place]},
+        "Iso-C": lambda: {"": isotropise([vector])[0]},
     }
+    return forms[rule]()

@@ -1,34 +1,36 @@
 """One network for many tasks, and one that forgot a task: learned coefficients beside published ways to merge.
 
     python -m benchmarks.merging                                all that is not on record yet
-    python -m benchmarks.merging --cells add --seeds 0
+    python -m benchmarks.merging --backbones vit --cells add --seeds 0
     python -m benchmarks.merging --cells negate --tasks mnist eurosat --methods fipgeo AdamW
     python -m benchmarks.merging --plan
 
-The bank is that of `benchmarks.banks`. "add": all its tasks at once, each under its own head, and the mean of their
-accuracies on test images. Every rule sees what it was published with, and chooses on validation images, which no vector
-was made of:
+The backbones are those of `benchmarks.backbones`, each with a bank; cases of all but the ResNet-20 begin with the name
+of theirs. "add": all tasks of the bank at once, each under its own head, and the mean of their accuracies on test
+examples. Every rule sees what it was published with, and chooses on validation examples, which no vector was made of:
 
     individual vectors  each task by the network that its own vector gives (not one network)
     isotropic           the sum of all vectors, its scale by validation
     TIES, DARE          share kept or dropped, and scale, by validation
     TSV, Iso-C, LiNeS   scale or scales by validation
-    AdaMerging          a coefficient for each vector and tensor, by the entropy of predictions on validation images
-                        without labels (Adam 0.001, 500 steps of 16 images a task) from the scale of "isotropic", since
-                        the published start of 0.3 breaks this network; "on test" by that on test images
-    AdamW               the published recipe of aTLAS: labels of validation images, from 0, AdamW 0.001 with weight
-                        decay 0.1, 20 epochs of 16 images a task in a step
+    AdaMerging          a coefficient for each vector and tensor, by the entropy of predictions on validation examples
+                        without labels (Adam 0.001, 500 steps of 16 examples a task, 240 on MiniLM) from the scale of
+                        "isotropic", since the published start of 0.3 breaks the ResNet-20; "on test" by that on test
+                        examples
+    AdamW               the published recipe of aTLAS: labels of validation examples, from 0, AdamW 0.001 with weight
+                        decay 0.1, 20 epochs of 16 examples a task in a step
     fipgeo              the same labels by `fipgeo.atlas.fit_`, from the merge of Iso-C over its vectors
 
-"negate": the network forgets a task and keeps 95 % of its accuracy on CIFAR-10, under the head that it was trained
-with. Vectors are taken back by the scale that leaves least of the target and keeps this on control images of
-validation; AdamW (gradient ascent on the target as published, 64 images of each in a step) by its best step;
-`fipgeo.atlas.forget_` from where Iso-C ends, with half of those control images set apart to judge the floor. That start
-and that half were chosen on 1,500 further images of the control and 600 of each target, which are neither for
-validation nor for the test. Accuracies are on test images, by which nothing is chosen.
+"negate": the network forgets a task and keeps 95 % of its accuracy on the control, CIFAR-10 under the head that it was
+trained with, or AG News under that of its training texts, whose vector no rule then gets. Vectors are taken back by the
+scale that leaves least of the target and keeps this on control examples of validation; AdamW (gradient ascent on the
+target as published, 64 examples of each in a step) by its best step; `fipgeo.atlas.forget_` from where Iso-C ends, with
+half of those control examples set apart to judge the floor. That start and that half were chosen for the ResNet-20, on
+1,500 further images of the control and 600 of each target, which are neither for validation nor for the test.
+Accuracies are on test examples, by which nothing is chosen.
 
-"bank": the same tasks with vectors of gentler fine-tuning, by mean accuracy on validation images: each task by its own
-vector, and merges of all. The bank of the other cells is the first, the best by own vectors and by their scaled sum.
+"bank": the same tasks with vectors of other fine-tuning, by mean accuracy on validation examples: each task by its own
+vector, and merges of all. The bank of the other cells is the first, the best by own vectors.
 
 Records go to benchmarks/results/merging.json, cell by cell; what is there is not measured again without --again.
 """
@@ -42,29 +44,31 @@ from functools import cache, partial
 
 from torch import nn
 
-from benchmarks.banks import FILES
+from benchmarks.backbones import BACKBONES, RESNET20
+from benchmarks.banks import Backbone
 from benchmarks.cells import Cell, Record, measure, options
 from benchmarks.learned import LEARNED, NEGATED
 from benchmarks.merges import ADDED, Setting, Task, control, setting
 
-BANKS = ((6, 1e-3), (12, 3e-4), (12, 1e-4))
-"""Epochs and learning rate."""
 MERGED = ("weight averaging", "isotropic", "TSV", "Iso-C")
 """Rules that banks are compared by."""
 DRAWN = {"DARE", "AdaMerging", "AdaMerging on test", "AdamW", "fipgeo"}
 """Methods with a seed of their own."""
+TASKS = list(dict.fromkeys(task for backbone in BACKBONES.values() for task in backbone.tasks))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = options(__doc__, ["add", "negate", "bank"], [0, 1, 2])
-    parser.add_argument("--tasks", nargs="+", default=list(FILES), choices=list(FILES), help="to be forgotten")
+    parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="to be forgotten")
     parser.add_argument("--methods", nargs="+", help="such as fipgeo, AdamW, TIES")
     args = parser.parse_args(arguments)
-    measure("merging", cells(args), args)
+    measure("merging", (cell for name in args.backbones for cell in cells(BACKBONES[name], args)), args)
 
 
-def cells(args: argparse.Namespace) -> Iterator[Cell]:
+def cells(backbone: Backbone, args: argparse.Namespace) -> Iterator[Cell]:
     """Methods without a seed of their own are measured once."""
+    before = "" if backbone is RESNET20 else f"{backbone.name}/"
 
     def wanted(method: str, seed: int) -> bool:
         return (not args.methods or method in args.methods) and (seed == args.seeds[0] or method in DRAWN)
@@ -72,29 +76,30 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
     for seed in args.seeds:
         for method in ("individual vectors", *ADDED, *LEARNED) if "add" in args.cells else ():
             if wanted(method, seed):
-                yield Cell({"case": "add", "method": method, "seed": seed}, partial(added, method, seed))
-        for task in args.tasks if "negate" in args.cells else ():
-            for method in NEGATED:
+                about = {"case": f"{before}add", "method": method, "seed": seed}
+                yield Cell(about, partial(added, backbone, method, seed))
+        for task in backbone.forgotten if "negate" in args.cells else ():
+            for method in NEGATED if task in args.tasks else ():
                 if wanted(method, seed):
-                    about = {"case": f"negate/{task}", "method": method, "seed": seed}
-                    yield Cell(about, partial(negated, task, method, seed))
+                    about = {"case": f"{before}negate/{task}", "method": method, "seed": seed}
+                    yield Cell(about, partial(negated, backbone, task, method, seed))
 
-    for epochs, rate in BANKS if "bank" in args.cells else ():
-        about = {"case": f"bank/{epochs} epochs at {rate}", "method": "fine-tuning", "seed": 0}
-        yield Cell(about, partial(compared, epochs, rate))
+    for epochs, rate in ((backbone.epochs, backbone.rate), *backbone.others) if "bank" in args.cells else ():
+        about = {"case": f"{before}bank/{epochs} epochs at {rate}", "method": "fine-tuning", "seed": 0}
+        yield Cell(about, partial(compared, backbone, epochs, rate))
 
 
 @cache
-def given() -> tuple[Setting, Task]:
+def given(backbone: Backbone) -> tuple[Setting, Task]:
     """The bank and the control, made once."""
-    return setting(), control()
+    return setting(backbone), control(backbone)
 
 
-def added(method: str, seed: int) -> list[Record]:
-    """Accuracy of all tasks on test images."""
-    at, _ = given()
+def added(backbone: Backbone, method: str, seed: int) -> list[Record]:
+    """Accuracy of all tasks on test examples."""
+    at, _ = given(backbone)
     if method == "individual vectors":
-        alone = [at.only(place) for place in range(len(at.tasks))]
+        alone = [at.only(task.name) for task in at.tasks]
         rows = {k: v for one in alone for k, v in one.rows(one.whole.apply_to(one.base), "test").items()}
         return [accuracy(rows, "scale 1")]
     net, chosen = (ADDED | LEARNED)[method](at, seed)
@@ -102,10 +107,10 @@ def added(method: str, seed: int) -> list[Record]:
     return [accuracy(at.rows(net, "test"), chosen), rule]
 
 
-def compared(epochs: int, rate: float) -> list[Record]:
-    """Mean accuracies of a bank on validation images, and the mean norm of its vectors."""
-    at = setting(epochs=epochs, rate=rate)
-    alone = [at.only(place) for place in range(len(at.tasks))]
+def compared(backbone: Backbone, epochs: int, rate: float) -> list[Record]:
+    """Mean accuracies of a bank on validation examples, and the mean norm of its vectors."""
+    at = setting(backbone, epochs, rate)
+    alone = [at.only(task.name) for task in at.tasks]
     own = statistics.fmean(one.validated(one.whole.apply_to(one.base)) for one in alone)
     found = {"individual vectors": own, "norm": statistics.fmean(vector.norm() for vector in at.vectors)}
     found |= {rule: at.validated(ADDED[rule](at, 0)[0]) for rule in MERGED}
@@ -118,9 +123,10 @@ def accuracy(rows: dict[str, float], chosen: str) -> Record:
     return {"figure": "accuracy", "value": mean, "unit": "%", "rows": rows, "chosen": chosen}
 
 
-def negated(name: str, method: str, seed: int) -> list[Record]:
-    """What is left of the target and of the control, on test images."""
-    at, kept = given()
+def negated(backbone: Backbone, name: str, method: str, seed: int) -> list[Record]:
+    """What is left of the target and of the control, on test examples; the control's own vector is not used."""
+    at, kept = given(backbone)
+    at = at.only(*backbone.forgotten)
     place = [task.name for task in at.tasks].index(name)
     net, chosen = NEGATED[method](at, place, kept, seed)
     return remains(at.base, net, at.tasks[place], kept, chosen)

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from benchmarks.anchors import _Added
-from benchmarks.banks import BACKBONE, FILES, SHARPNESS, VALIDATION, _prepared, _read, head
-from benchmarks.merges import Labelled, Setting, Task, cosine, shuffled
+from benchmarks.backbones import FILES, RESNET, VALIDATION, _prepared, _read
+from benchmarks.banks import SHARPNESS, Labelled, cosine, head
+from benchmarks.merges import Setting, Task, shuffled
 from benchmarks.pretrained import _network
 from fipgeo import Composition, TaskVector
 from fipgeo.atlas import HiddenClassifier, Partitions, choose_vectors, fit_, fit_hidden_
@@ -66,8 +67,8 @@ class Lesson:
     def of(cls, base: nn.Module, task: Task, vectors: Sequence[TaskVector], data: Labelled, seed: int) -> Lesson:
         """The lesson of some images, with the head that they make; a class that they lack is an error."""
         x, y = data
-        if len(y.unique()) != task.size:
-            raise ValueError(f"data: got images of {len(y.unique())} classes, expected all {task.size} of {task.name}")
+        if len(y.unique()) != (size := task.size(base)):
+            raise ValueError(f"data: got images of {len(y.unique())} classes, expected all {size} of {task.name}")
         return cls(base, task, vectors, (x, y), head(base, x, y), seed)
 
     @property
@@ -103,7 +104,7 @@ def share(name: str, percent: int, seed: int) -> Labelled:
     free = torch.cat([first[:2000], first[2000 + VALIDATION :]])
     order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed))
     chosen = free[order[: round(percent * len(y) / 100)]].numpy()
-    prepared = _prepared(torch.from_numpy(x[chosen]), _network(BACKBONE)[2])
+    prepared = _prepared(torch.from_numpy(x[chosen]), _network(RESNET)[2])
     return prepared.contiguous(memory_format=torch.channels_last), torch.from_numpy(y[chosen].astype(np.int64))
 
 

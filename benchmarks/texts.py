@@ -110,6 +110,25 @@ class End(nn.Module):
         return self.head((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 
 
+class Pooled(nn.Module):
+    """An encoder and the mean over its tokens: rows as for `Answers` to features."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder: Any = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features `[n, width]` of rows `[n, 1 + T]`."""
+        return pooled(self.encoder, x)
+
+
+def pooled(encoder: Any, x: Tensor) -> Tensor:
+    """The mean of an encoder's last states over the tokens of rows that are no padding."""
+    mask = living(x)
+    hidden = encoder(input_ids=x[:, 1:], attention_mask=mask.long()).last_hidden_state
+    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
 class Answers(nn.Module):
     """An encoder, the mean over its tokens, and a head whose outputs belong to tasks: a row says which task asks.
 
@@ -132,12 +151,8 @@ class Answers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[n, C]` of rows `[n, 1 + T]`: the task's number, then tokens."""
-        task, tokens = x[:, 0], x[:, 1:]
-        mask = living(x)
-        hidden = self.encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        f = self.head(pooled)
-        return torch.where(self.owners[: f.shape[1]] == task[:, None], f, ELSEWHERE)
+        f = self.head(pooled(self.encoder, x))
+        return torch.where(self.owners[: f.shape[1]] == x[:, :1], f, ELSEWHERE)
 
 
 class Headed(nn.Module):

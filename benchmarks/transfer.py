@@ -35,8 +35,10 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.backbones import RESNET20
+from benchmarks.banks import Labelled
 from benchmarks.cells import Cell, Record, measure, options
-from benchmarks.merges import Labelled, Setting, setting
+from benchmarks.merges import Setting, setting
 from benchmarks.records import read
 from benchmarks.students import METHODS, PARTED, RATES, SELECTED, Lesson, few, share
 
@@ -89,7 +91,7 @@ def cell(case: str, method: str, seed: int, run: Callable[[], Record]) -> Cell:
 @cache
 def given() -> Setting:
     """The bank, made once."""
-    return setting()
+    return setting(RESNET20)
 
 
 def lesson(name: str, data: Labelled, seed: int) -> Lesson:

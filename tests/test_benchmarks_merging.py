@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import learned, merges, merging, records, students, transfer
-from benchmarks.merges import Setting, Task, cosine
+from benchmarks.banks import cosine
+from benchmarks.merges import Setting, Task
 from benchmarks.students import Lesson, Student
 from fipgeo import TaskVector
 
@@ -105,9 +106,8 @@ def test_merges_by_singular_vectors_average_what_is_no_matrix() -> None:
 
 
 @pytest.mark.parametrize("name", [*merges.ADDED, *learned.LEARNED])
-def test_every_rule_merges_without_touching_the_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rule_merges_without_touching_the_network(name: str) -> None:
     at = setting()
-    monkeypatch.setattr(merges, "depth", lambda name: int(name.split(".")[0]))
     before = copy.deepcopy(at.base.state_dict())
     few = {"steps": 20} if "AdaMerging" in name else {}
     net, _ = (merges.ADDED | learned.LEARNED)[name](at, 0, **few)
@@ -210,12 +210,12 @@ def test_images_of_a_lesson_have_all_classes() -> None:
 
 def test_grids_are_resumed_and_means_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at, counted = setting(), []
-    monkeypatch.setattr(merging, "given", lambda: (at, kept(at)))
+    monkeypatch.setattr(merging, "given", lambda backbone: (at, kept(at)))
     monkeypatch.setattr(transfer, "given", lambda: counted.append(1) or at)
     monkeypatch.setattr(transfer, "TARGETS", ("one",))
     monkeypatch.setattr(transfer, "OTHERS", ("two",))
     methods = ["individual vectors", "isotropic", "DARE"]
-    merging.main(["--folder", str(tmp_path), "--cells", "add", "--methods", *methods])
+    merging.main(["--folder", str(tmp_path), "--backbones", "resnet20", "--cells", "add", "--methods", *methods])
     found = records.read("merging", tmp_path)
     assert {(r["method"], r["seed"]) for r in found} == {(m, 0) for m in methods} | {("DARE", 1), ("DARE", 2)}
     for r in found:

@@ -1,0 +1,96 @@
+"""The backbones of the benchmark of merging: what is tuned, what is forgotten, and by which vectors."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import backbones, banks, merges, merging, records
+from benchmarks.backbones import BACKBONES, MINILM
+from benchmarks.banks import Backbone, Control, Examples, cosine
+from benchmarks.texts import Pooled
+
+
+def trunk() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).eval()
+    net[0].requires_grad_(False)
+    return net
+
+
+def examples(name: str) -> Examples:
+    draws = torch.Generator().manual_seed(len(name))
+    y = torch.arange(30) % 3
+    centres = torch.randn(3, 6, generator=draws)
+    parts = [(centres[y] + 0.5 * torch.randn(30, 6, generator=draws), y) for _ in range(3)]
+    return Examples(name, *parts)
+
+
+def toy() -> Backbone:
+    def control() -> Control:
+        found = examples("kept")
+        return Control("kept", cosine(banks.head(trunk(), *found.train)), found.validation, found.test)
+
+    names = ("a", "bb", "kept")
+    return Backbone("toy", "toy", trunk, names, names[:2], examples, control, 2, 1e-2, 10, others=())
+
+
+def test_what_wants_no_gradient_is_not_tuned_and_vectors_are_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(banks, "CACHE", tmp_path)
+    at = merges.setting(toy())
+    assert [set(vector.tensors) for vector in at.vectors] == [{"2.weight", "2.bias"}] * 3
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"bank-toy-{n}-epochs2-rate0.01.safetensors" for n in toy().tasks
+    }
+    again = merges.setting(replace(toy(), trunk=trunk))
+    for one, other in zip(at.vectors, again.vectors, strict=True):
+        assert one.norm() > 0 and (one - other).norm() == 0
+
+
+def test_a_backbone_has_cases_of_its_own_and_the_control_gives_no_vector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def rule(at: merges.Setting, place: int, kept: merges.Task, seed: int) -> tuple[nn.Module, str]:
+        seen.append(([task.name for task in at.tasks], len(at.vectors), at.tasks[place].name, kept.name, seed))
+        return at.base, "none"
+
+    monkeypatch.setattr(banks, "CACHE", tmp_path)
+    monkeypatch.setitem(BACKBONES, "minilm", toy())
+    monkeypatch.setattr(merging, "TASKS", ["a", "bb"])
+    monkeypatch.setattr(merging, "NEGATED", {"rule": rule})
+    given = ["--folder", str(tmp_path), "--backbones", "minilm", "--seeds", "4"]
+    merging.main([*given, "--cells", "negate"])
+    assert seen == [(["a", "bb"], 2, name, "kept", 4) for name in ("a", "bb")]
+    merging.main([*given, "--cells", "add", "bank", "--methods", "isotropic"])
+    found = records.read("merging", tmp_path)
+    assert {r["case"] for r in found} == {"toy/negate/a", "toy/negate/bb", "toy/add", "toy/bank/2 epochs at 0.01"}
+    (rows,) = (r["rows"] for r in found if "rows" in r)
+    assert set(rows) == {"a", "bb", "kept"}
+
+
+def test_layers_are_numbered_from_the_first() -> None:
+    assert [backbones.block(n) for n in ("conv1.weight", "layer1.0.bn1.bias", "layer3.2.conv1.weight")] == [None, 0, 8]
+    names = ("pos_embed", "transformer.layers.4.norm1.bias", "mlp_head.0.bias")
+    assert [backbones.layer(n) for n in names] == [None, 4, None]
+
+
+def test_ag_news_is_kept_and_its_vector_forgets_nothing() -> None:
+    assert set(MINILM.tasks) - set(MINILM.forgotten) == {backbones.KEPT}
+    assert all(one.forgotten == one.tasks for one in BACKBONES.values() if one is not MINILM)
+
+
+def test_features_of_texts_are_means_over_their_tokens() -> None:
+    class Table(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            return type("Out", (), {"last_hidden_state": torch.stack([input_ids, input_ids**2], -1).float()})
+
+    found = Pooled(Table())(torch.tensor([[7, 1, 3, 0, 0], [7, 2, 2, 2, 2]]))
+    assert found.tolist() == [[2.0, 5.0], [2.0, 4.0]]
