@@ -8,7 +8,7 @@ so are coefficients of task vectors, of which K is a function. Axis letters: n e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ EARLY = 1 / 3
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SHRINK = 0.1
 """Share of the mean deviation of a map's numbers that is added to the deviation of each."""
+Mask = Callable[[Any], Tensor]
 RIDGES = torch.logspace(-5, 2, 57, dtype=torch.float64)
 """Those that are tried, as multiples of the mean eigenvalue of K."""
 
@@ -38,7 +39,7 @@ class HiddenClassifier:
 
     A convolution sees an image: mean and maximum over the parts of coarse grids are kept. A map that sees tokens
     `[n, T, F]` gives both over the tokens. Numbers are standardised by the examples, and every map and grid counts
-    alike. What the network puts out, `[n, C]`, counts as one more. The last layers know what the network was trained
+    alike; with a mask, those tokens count that are there. What the network puts out, `[n, C]`, counts as one more. The last layers know what the network was trained
     for; those before know the rest, which a new task may need. The system has an equation for each example, so this is
     for few of them; for many, and task after task, there is `fipgeo.memory.ReadoutSketch`.
 
@@ -47,13 +48,15 @@ class HiddenClassifier:
         data: The examples, `(x, y)` or batches of them, with classes y from 0; at least two.
         cells: Grids of so many parts along each axis; an axis that is shorter stays as it is.
         early: Share of the maps, the first ones, that are left out.
+        mask: x -> boolean `[n, T]`: which tokens are no padding; None for all.
 
     Attributes:
         ridge: r.
         evidence: The log of the labels' probability, but for a constant.
 
     Raises:
-        ValueError: Labels are missing, there are fewer than two examples, or no linear map sees them one by one.
+        ValueError: Labels are missing, there are fewer than two examples, no linear map sees them one by one, or the
+            mask leaves an example no token.
 
     Source: ridge regression on the features of all layers in place of the last is Head2Toe (Evci et al., ICML 2022,
     arXiv:2201.03529), there with features that are selected and trained on by gradients; the choice of r is empirical
@@ -67,10 +70,18 @@ class HiddenClassifier:
         tensor([0, 1, 2, 0, 1, 2])
     """
 
-    def __init__(self, network: nn.Module, data: Any, *, cells: Sequence[int] = CELLS, early: float = EARLY) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        data: Any,
+        *,
+        cells: Sequence[int] = CELLS,
+        early: float = EARLY,
+        mask: Mask | None = None,
+    ) -> None:
         if not cells or min(cells) < 1 or not 0 <= early < 1:
             raise ValueError(f"cells, early: got {cells} and {early}, expected numbers from 1 up, and a share below 1")
-        self.network, self.view = network, View(tuple(cells), early)
+        self.network, self.view = network, View(tuple(cells), early, mask)
         with torch.no_grad():
             rows, y = _examples(network, data, self.view)
             self.maps = [_standardised(part) for part in rows]
@@ -137,6 +148,7 @@ def fit_hidden_(
     *,
     cells: Sequence[int] = CELLS,
     early: float = EARLY,
+    mask: Mask | None = None,
     steps: int = 15,
     lr: float = 0.02,
 ) -> HiddenClassifier:
@@ -151,6 +163,7 @@ def fit_hidden_(
         data: As for `HiddenClassifier`.
         cells: As there.
         early: As there.
+        mask: As there.
         steps: Of Adam on the log evidence.
         lr: About how far a coefficient may move in a step.
 
@@ -173,12 +186,12 @@ def fit_hidden_(
     for _ in range(steps):
         optimizer.zero_grad()
         with torch.enable_grad(), model.once():
-            rows, y = _examples(model, data, View(tuple(cells), early))
+            rows, y = _examples(model, data, View(tuple(cells), early, mask))
             kernel = _kernel([_standardised(part) for part in rows])
             (-evidence(kernel, _targets(y)).log).backward()
         optimizer.step()
     optimizer.zero_grad()
-    return HiddenClassifier(model.merge(), data, cells=cells, early=early)
+    return HiddenClassifier(model.merge(), data, cells=cells, early=early, mask=mask)
 
 
 class View(NamedTuple):
@@ -186,6 +199,7 @@ class View(NamedTuple):
 
     cells: tuple[int, ...]
     early: float
+    mask: Mask | None = None
 
     def __call__(self, network: nn.Module, module: nn.Module, x: Any) -> list[Tensor]:
         """Numbers `[n, F]` of each map and grid, in the order of the forward pass, and the output.
@@ -213,19 +227,40 @@ class View(NamedTuple):
                 handle.remove()
         if not found:
             raise ValueError("network: no nn.Linear or convolution sees the examples one by one; nothing can be read")
-        rows = [part for layer, seen in found[round(self.early * len(found)) :] for part in self.parts(layer, seen)]
+        living = None if self.mask is None else self._living(x)
+        late = found[round(self.early * len(found)) :]
+        rows = [part for layer, seen in late for part in self.parts(layer, seen, living)]
         return [*rows, output] if isinstance(output, Tensor) and output.dim() == 2 else rows
 
-    def parts(self, layer: nn.Module, seen: Tensor) -> list[Tensor]:
-        """Mean and maximum over the cells of each grid, or over tokens."""
+    def _living(self, x: Any) -> Tensor:
+        """The mask of a batch."""
+        assert self.mask is not None
+        living = self.mask(x).to(torch.bool)
+        if living.dim() != 2 or len(living) != len(x) or not bool(living.any(1).all()):
+            raise ValueError(
+                f"mask: gave shape {list(living.shape)} for {len(x)} examples; expected [n, T] with a token in each row"
+            )
+        return living
+
+    def parts(self, layer: nn.Module, seen: Tensor, living: Tensor | None = None) -> list[Tensor]:
+        """Mean and maximum over the cells of each grid, or over tokens, of which those count that live `[n, T]`."""
         if isinstance(layer, nn.Linear):
-            tokens = seen.flatten(1, -2) if seen.dim() > 2 else None
-            return [seen if tokens is None else torch.cat([tokens.mean(1), tokens.amax(1)], 1)]
+            return [seen if seen.dim() == 2 else _over_tokens(seen, living)]
         axes, out = seen.dim() - 2, []
         for cells in self.cells:
             grid = [min(cells, size) for size in seen.shape[2:]]
             out.append(torch.cat([MEAN[axes](seen, grid), MOST[axes](seen, grid)], 1).flatten(1))
         return out
+
+
+def _over_tokens(seen: Tensor, living: Tensor | None) -> Tensor:
+    """Mean and maximum of `[n, T, ..., F]` over all axes between, of tokens that live `[n, T]`, `[n, 2 F]`."""
+    rows = seen.flatten(1, -2)
+    if living is None or living.shape[1] != seen.shape[1]:
+        return torch.cat([rows.mean(1), rows.amax(1)], 1)
+    each = living.view(*living.shape, *(1,) * (seen.dim() - 2)).expand_as(seen).flatten(1, -2)
+    mean = rows.masked_fill(~each, 0.0).sum(1) / each.sum(1)
+    return torch.cat([mean, rows.masked_fill(~each, -torch.inf).amax(1)], 1)
 
 
 def _examples(network: nn.Module, data: Any, view: View) -> tuple[list[Tensor], Tensor]:

@@ -1,5 +1,7 @@
 """Classifiers of all layers, against ridge regression on the features written out, and evidence against densities."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,6 +123,22 @@ def test_coefficients_make_the_labels_more_probable_and_leave_the_network_as_it_
     assert torch.equal(found(data[0]), HiddenClassifier(composition.merge(), data)(data[0]))
     cut = [(data[0][:5], data[1][:5]), (data[0][5:], data[1][5:])]
     torch.testing.assert_close(HiddenClassifier(model, cut)(data[0]), start(data[0]))
+
+
+def test_padding_is_not_seen_where_a_mask_says_what_it_is() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    x, y, noise = draw(6, 7, 4, 3), torch.arange(7) % 3, 9 * draw(7, 7, 2, 3)
+    padded, living = torch.cat([noise, x], 1), torch.tensor([[False, False, True, True, True, True]])
+    known = HiddenClassifier(model, (x, y))
+    masked = HiddenClassifier(model, (padded, y), mask=lambda batch: living.expand(len(batch), -1))
+    torch.testing.assert_close(masked(padded), known(x))
+    assert not torch.allclose(HiddenClassifier(model, (padded, y))(padded), known(x))
+    composition = Composition(model, [TaskVector({k: draw(8, *t.shape) for k, t in model.named_parameters()})])
+    mask = lambda batch: living.expand(len(batch), -1)  # noqa: E731
+    one, other = (fit_hidden_(copy.deepcopy(composition), d, mask=m) for d, m in (((x, y), None), ((padded, y), mask)))
+    torch.testing.assert_close(other(padded), one(x))
+    with pytest.raises(ValueError, match=r"mask: gave shape \[7, 6\] for 7 examples"):
+        HiddenClassifier(model, (padded, y), mask=lambda batch: torch.zeros(len(batch), 6))
 
 
 def test_what_cannot_be_classified_is_said() -> None:
