@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 
 from benchmarks.banks import Backbone, Control, Examples, Labelled, Learning, cosine, head
 from benchmarks.pretrained import _network, folder
-from benchmarks.texts import Encoder, Pooled, encoder, rows, sentences
+from benchmarks.texts import Encoder, Pooled, encoder, living, rows, sentences
 
 RESNET, TRANSFORMER = "akamaster_cifar10_resnet20", "smmk47_cifar10_vit"
 FILES = {
@@ -55,6 +55,22 @@ def images(network: str, name: str) -> Examples:
     test = torch.randperm(len(parts["test"][1]), generator=draws)[:TEST]
     end = min(len(first) - VALIDATION, TRAIN)
     return Examples(name, take("train", first[:end]), take("train", first[end : end + VALIDATION]), take("test", test))
+
+
+def image_share(network: str, name: str, percent: int, seed: int) -> Labelled:
+    """A share of the training file of a task, without the images on which choices are made."""
+    x, y = _read(FILES[name], "train")
+    chosen = _free(len(y), TRAIN, VALIDATION, percent, seed).numpy()
+    return _prepared(torch.from_numpy(x[chosen]), _network(network)[2]), torch.from_numpy(y[chosen]).long()
+
+
+def _free(count: int, train: int, validation: int, percent: int, seed: int) -> Tensor:
+    """Places of a share of so many examples, none of them among those that `images` or `texts` hold for validation."""
+    first = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    end = min(count - validation, train)
+    free = torch.cat([first[:end], first[end + validation :]])
+    order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed))
+    return free[order[: round(percent * count / 100)]]
 
 
 def trunk(network: str, last: str) -> nn.Module:
@@ -137,6 +153,13 @@ def texts(name: str, further: int = 0) -> Examples:
     return Examples(name, take(train, first[:TEXT_TRAIN]), take(train, first[TEXT_TRAIN:end]), take(test, second))
 
 
+def text_share(name: str, percent: int, seed: int) -> Labelled:
+    """A share of the training file of a task, without the texts on which choices are made."""
+    whole = sentences(TEXTS[name], "train")
+    chosen = _free(len(whole.texts), TEXT_TRAIN, TEXT_VALIDATION, percent, seed)
+    return rows(_encoder(), [whole.texts[i] for i in chosen.tolist()], 0), whole.labels[chosen]
+
+
 def topics() -> Control:
     """AG News under the head that its training texts make."""
     found = texts(KEPT, TEXT_VALIDATION)
@@ -151,6 +174,7 @@ RESNET20 = Backbone(
     tuple(FILES),
     partial(images, RESNET),
     partial(own, RESNET, "linear"),
+    partial(image_share, RESNET),
     epochs=6,
     rate=1e-3,
     batch=100,
@@ -165,6 +189,7 @@ VIT = Backbone(
     tuple(FILES),
     partial(images, TRANSFORMER),
     partial(own, TRANSFORMER, "mlp_head.1"),
+    partial(image_share, TRANSFORMER),
     epochs=6,
     rate=1e-3,
     batch=100,
@@ -179,6 +204,8 @@ MINILM = Backbone(
     tuple(name for name in TEXTS if name != KEPT),
     texts,
     topics,
+    text_share,
+    mask=living,
     epochs=3,
     rate=5e-5,
     batch=32,

@@ -84,11 +84,13 @@ class Backbone:
         forgotten: Those that are to be forgotten, by vectors of these alone.
         examples: Those of a task.
         control: What is to be kept then.
+        share: A task, per cent of its training file and a seed -> as many examples, none of them for validation.
         epochs: Of fine-tuning.
         rate: Its learning rate.
         batch: Examples of a step of it.
         others: Epochs and rates of banks that this one was chosen from, beside its own.
         depth: Name of a tensor -> number of its layer; None for the first number in the name.
+        mask: Inputs -> which tokens are no padding; None where there are none.
         learning: How coefficients of all tasks are learned by others' rules.
     """
 
@@ -99,11 +101,13 @@ class Backbone:
     forgotten: tuple[str, ...]
     examples: Callable[[str], Examples]
     control: Callable[[], Control]
+    share: Callable[[str, int, int], Labelled]
     epochs: int
     rate: float
     batch: int
     others: tuple[tuple[int, float], ...]
     depth: Callable[[str], int | None] | None = None
+    mask: Callable[[Tensor], Tensor] | None = None
     learning: Learning = Learning()
 
 

@@ -121,7 +121,7 @@ def setting(backbone: Backbone, epochs: int | None = None, rate: float | None = 
     base = backbone.trunk().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     sets = [backbone.examples(name) for name in backbone.tasks]
     tasks = [
-        Task(one.name, cosine(head(base, *one.train)), *map(_laid, (one.train, one.validation, one.test)))
+        Task(one.name, cosine(head(base, *one.train)), *map(laid, (one.train, one.validation, one.test)))
         for one in sets
     ]
     vectors = list(bank(backbone, sets, epochs, rate).values())
@@ -131,10 +131,10 @@ def setting(backbone: Backbone, epochs: int | None = None, rate: float | None = 
 def control(backbone: Backbone) -> Task:
     """What the backbone is good at already."""
     name, top, validation, test = backbone.control()
-    return Task(name, top, None, _laid(validation), _laid(test))
+    return Task(name, top, None, laid(validation), laid(test))
 
 
-def _laid(data: Labelled) -> Labelled:
+def laid(data: Labelled) -> Labelled:
     """Images with channels last; other inputs as they are."""
     x, y = data
     return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), y

@@ -1,4 +1,4 @@
-"""Ways to learn a task from few images of it, all from one head, for `benchmarks.transfer`."""
+"""Ways to learn a task from few examples of it, all from one head, for `benchmarks.transfer`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from benchmarks.anchors import _Added
-from benchmarks.backbones import FILES, RESNET, VALIDATION, _prepared, _read
 from benchmarks.banks import SHARPNESS, Labelled, cosine, head
-from benchmarks.merges import Setting, Task, shuffled
-from benchmarks.pretrained import _network
+from benchmarks.merges import Setting, Task, laid, shuffled
 from fipgeo import Composition, TaskVector
-from fipgeo.atlas import HiddenClassifier, Partitions, choose_vectors, fit_, fit_hidden_
+from fipgeo.atlas import HiddenClassifier, Kind, Partitions, PerChannel, choose_vectors, few_shot_, fit_, fit_hidden_
 
 STEPS, BATCH = 60, 64
 TUNED = 1e-3
@@ -45,15 +42,17 @@ class Student(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """A few images of a task, and what there is to learn it with.
+    """A few examples of a task, and what there is to learn it with.
 
     Attributes:
         base: The pretrained trunk.
-        task: The target, whose test images are labelled as `data` is.
+        task: The target, whose test examples are labelled as `data` is.
         vectors: Of the other tasks.
-        data: Images and labels.
-        classes: The head that they make, `[C, 64]`.
+        data: Inputs and labels.
+        classes: The head that they make, `[C, width]`.
         seed: Of whatever is drawn.
+        mask: Inputs -> which tokens are no padding; None where there are none.
+        batch: Examples of a step.
     """
 
     base: nn.Module
@@ -62,14 +61,25 @@ class Lesson:
     data: Labelled
     classes: Tensor
     seed: int
+    mask: Callable[[Tensor], Tensor] | None = None
+    batch: int = BATCH
 
     @classmethod
-    def of(cls, base: nn.Module, task: Task, vectors: Sequence[TaskVector], data: Labelled, seed: int) -> Lesson:
-        """The lesson of some images, with the head that they make; a class that they lack is an error."""
-        x, y = data
+    def of(
+        cls,
+        base: nn.Module,
+        task: Task,
+        vectors: Sequence[TaskVector],
+        data: Labelled,
+        seed: int,
+        mask: Callable[[Tensor], Tensor] | None = None,
+        batch: int = BATCH,
+    ) -> Lesson:
+        """The lesson of some examples, with the head that they make; a class that they lack is an error."""
+        x, y = laid(data)
         if len(y.unique()) != (size := task.size(base)):
-            raise ValueError(f"data: got images of {len(y.unique())} classes, expected all {size} of {task.name}")
-        return cls(base, task, vectors, (x, y), head(base, x, y), seed)
+            raise ValueError(f"data: got examples of {len(y.unique())} classes, expected all {size} of {task.name}")
+        return cls(base, task, vectors, (x, y), head(base, x, y), seed, mask, batch)
 
     @property
     def draws(self) -> torch.Generator:
@@ -81,14 +91,14 @@ class Lesson:
         return cosine(self.classes)(net(batch[0]))
 
     def accuracy(self, student: Callable[[Tensor], Tensor], data: Labelled) -> float:
-        """Per cent of images that are right."""
+        """Per cent of examples that are right."""
         with torch.no_grad():
             found = torch.cat([student(part).argmax(1) for part in data[0].split(250)])
         return 100 * float(found.eq(data[1]).double().mean())
 
 
 def few(at: Setting, name: str, count: int, seed: int) -> Labelled:
-    """`count` images of each class of a task from those that its vector was made of."""
+    """`count` examples of each class of a task from those that its vector was made of."""
     task = next(task for task in at.tasks if task.name == name)
     assert task.train is not None
     x, y = task.train
@@ -97,23 +107,12 @@ def few(at: Setting, name: str, count: int, seed: int) -> Labelled:
     return x[chosen], y[chosen]
 
 
-def share(name: str, percent: int, seed: int) -> Labelled:
-    """A share of the training file of a task, without the images on which choices are made."""
-    x, y = _read(FILES[name], "train")
-    first = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    free = torch.cat([first[:2000], first[2000 + VALIDATION :]])
-    order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed))
-    chosen = free[order[: round(percent * len(y) / 100)]].numpy()
-    prepared = _prepared(torch.from_numpy(x[chosen]), _network(RESNET)[2])
-    return prepared.contiguous(memory_format=torch.channels_last), torch.from_numpy(y[chosen].astype(np.int64))
-
-
 def trained(student: nn.Module, at: Lesson, rate: float, steps: int = STEPS) -> nn.Module:
     """AdamW with a cosine on whatever wants a gradient."""
     free = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(free, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    stream = shuffled(*at.data, BATCH, at.draws)
+    stream = shuffled(*at.data, at.batch, at.draws)
     for _ in range(steps):
         x, y = next(stream)
         optimizer.zero_grad()
@@ -128,7 +127,7 @@ def probed(at: Lesson, rate: float) -> nn.Module:
     """The head alone, on features that are computed once."""
     with torch.no_grad():
         features = torch.cat([at.base(part) for part in at.data[0].split(250)])
-    inner = Lesson(nn.Identity(), at.task, at.vectors, (features, at.data[1]), at.classes, at.seed)
+    inner = replace(at, base=nn.Identity(), data=(features, at.data[1]))
     found = trained(Student(inner.base, at.classes), inner, rate)
     assert isinstance(found, Student)
     found.body = at.base
@@ -202,20 +201,30 @@ def read(at: Lesson, rate: float, *, steps: int = 15) -> HiddenClassifier:
     """
     del rate
     model = Composition(at.base, at.vectors).eval()
-    found = fit_hidden_(model, at.data, steps=steps)
+    found = fit_hidden_(model, at.data, mask=at.mask, steps=steps)
     found.numbers = (model.coefficients.numel() if steps else 0) + found.weights.numel()  # type: ignore[attr-defined]
     return found
 
 
-def parted(at: Lesson, rate: float) -> nn.Module:
-    """As many coefficients of random parts of the vectors as LoRA of rank 1 has numbers, and the head, by AdamW."""
+def adapter(at: Lesson, ridge: float, *, kind: str, steps: int = 30) -> Callable[[Tensor], Tensor]:
+    """Coefficients as for `solved`, and then a classifier of features; with no steps of the network as it is."""
+    model = Composition(at.base, at.vectors).eval()
+    found = few_shot_(model, at.data, at.classes, adapter=kind, sharpness=SHARPNESS, ridge=ridge, steps=steps)
+    net = model.merge()
+    return lambda x: found.classifier(net(x))
+
+
+def parted(at: Lesson, rate: float, kind: Callable[[Lesson], Kind]) -> nn.Module:
+    """Coefficients of parts of the vectors, and the head, by AdamW."""
+    return trained(Student(Composition(at.base, at.vectors, kind(at)).eval(), at.classes), at, rate)
+
+
+def random_parts(at: Lesson) -> Kind:
+    """So many of each tensor that coefficients are as many as LoRA of rank 1 has numbers, or as few less as can be."""
     kernels = [module.weight for module in at.base.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     most = sum(len(w) + w[0].numel() for w in kernels)
-    count = max(
-        k for k in range(1, 400) if len(at.vectors) * sum(min(k, p.numel()) for p in at.base.parameters()) <= most
-    )
-    model = Composition(at.base, at.vectors, Partitions(count)).eval()
-    return trained(Student(model, at.classes), at, rate)
+    sizes = [p.numel() for name, p in at.base.named_parameters() if any(name in v.tensors for v in at.vectors)]
+    return Partitions(max(k for k in range(1, 400) if len(at.vectors) * sum(min(k, n) for n in sizes) <= most))
 
 
 def steepest(at: Lesson) -> list[TaskVector]:
@@ -245,6 +254,10 @@ METHODS: dict[str, Callable[[Lesson, float], Callable[[Tensor], Tensor]]] = {
     "fipgeo": solved,
     "fipgeo, moving head": lambda at, _: met(at),
     "fipgeo, moving head, then fine-tuning": met_and_tuned,
+    "Tip": partial(adapter, kind="cache", steps=0),
+    "LP++": partial(adapter, kind="probe", steps=0),
+    "fipgeo, Tip": partial(adapter, kind="cache"),
+    "fipgeo, LP++": partial(adapter, kind="probe"),
     "all layers": partial(read, steps=0),
     "fipgeo, all layers": read,
 }
@@ -256,14 +269,16 @@ SELECTED: dict[str, Callable[[Lesson, float], nn.Module]] = {
 }
 PARTED: dict[str, Callable[[Lesson, float], nn.Module]] = {
     "LoRA of rank 1": partial(adapted, rank=1),
-    "parts of vectors": parted,
+    "parts of vectors": partial(parted, kind=random_parts),
+    "channels of vectors": partial(parted, kind=lambda at: PerChannel.of(at.base)),
 }
 RATES = {
     "full fine-tuning": (1e-4, 1e-3, 3e-3, 1e-2),
     "linear probe": (1e-3, 1e-2, 1e-1),
     "LoRA": (1e-4, 1e-3, 1e-2, 3e-2),
     "fipgeo": (1e-3, 1e-2, 1e-1),
-    "LoRA of rank 1": (1e-3, 3e-3, 1e-2),
-    "parts of vectors": (1e-2, 3e-2, 1e-1),
+    "LoRA of rank 1": (3e-3, 1e-2, 3e-2, 1e-1),
+    "parts of vectors": (3e-3, 1e-2, 3e-2, 1e-1),
+    "channels of vectors": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 """From which the learning rate, or the ridge, is chosen."""

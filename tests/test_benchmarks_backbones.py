@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks import backbones, banks, merges, merging, records
 from benchmarks.backbones import BACKBONES, MINILM
-from benchmarks.banks import Backbone, Control, Examples, cosine
+from benchmarks.banks import Backbone, Control, Examples, Labelled, cosine
 from benchmarks.texts import Pooled
 
 
@@ -35,8 +35,11 @@ def toy() -> Backbone:
         found = examples("kept")
         return Control("kept", cosine(banks.head(trunk(), *found.train)), found.validation, found.test)
 
+    def share(name: str, percent: int, seed: int) -> Labelled:
+        raise NotImplementedError(f"{name}, {percent} %, seed {seed}")
+
     names = ("a", "bb", "kept")
-    return Backbone("toy", "toy", trunk, names, names[:2], examples, control, 2, 1e-2, 10, others=())
+    return Backbone("toy", "toy", trunk, names, names[:2], examples, control, share, 2, 1e-2, 10, others=())
 
 
 def test_what_wants_no_gradient_is_not_tuned_and_vectors_are_made_once(
@@ -51,6 +54,18 @@ def test_what_wants_no_gradient_is_not_tuned_and_vectors_are_made_once(
     again = merges.setting(replace(toy(), trunk=trunk))
     for one, other in zip(at.vectors, again.vectors, strict=True):
         assert one.norm() > 0 and (one - other).norm() == 0
+
+
+@pytest.mark.parametrize(("count", "train", "validation"), [(500, 200, 40), (100, 90, 20)])
+def test_a_share_holds_nothing_that_is_for_validation(count: int, train: int, validation: int) -> None:
+    first = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    end = min(count - validation, train)
+    kept = set(first[end : end + validation].tolist())
+    for seed in range(5):
+        found = backbones._free(count, train, validation, 20, seed).tolist()
+        assert len(set(found)) == len(found) == count // 5 and not kept & set(found)
+    every = {i for seed in range(60) for i in backbones._free(count, train, validation, 20, seed).tolist()}
+    assert every == set(range(count)) - kept
 
 
 def test_a_backbone_has_cases_of_its_own_and_the_control_gives_no_vector(

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import learned, merges, merging, records, students, transfer
-from benchmarks.banks import cosine
+from benchmarks.banks import SHARPNESS, cosine
 from benchmarks.merges import Setting, Task
 from benchmarks.students import Lesson, Student
 from fipgeo import TaskVector
+from fipgeo.atlas import CacheAdapter, LinearProbe
 
 
 def images(seed: int, count: int) -> tuple[Tensor, Tensor]:
@@ -157,6 +158,9 @@ def test_ascent_takes_the_best_look_above_the_floor(monkeypatch: pytest.MonkeyPa
     assert learned.by_ascent(at, 0, control, 0)[1] == "30 steps"
 
 
+CLOSED = {"all layers", "fipgeo, all layers", "Tip", "LP++", "fipgeo, Tip", "fipgeo, LP++"}
+
+
 def lesson() -> Lesson:
     at = setting()
     return Lesson.of(at.base, at.tasks[0], [at.vectors[1], 0.5 * at.vectors[0]], images(4, 6), 0)
@@ -166,7 +170,7 @@ def test_students_start_from_one_head_and_learn_what_they_may() -> None:
     at = lesson()
     start = Student(at.base, at.classes)(at.data[0])
     for name, learn in (students.METHODS | students.PARTED).items():
-        if "all layers" in name:  # no head, so its scores are others from the first
+        if name in CLOSED:  # no head, or one of its own, so its scores are others from the first
             assert torch.equal(learn(at, 0.0)(at.data[0]).argmax(1), at.data[1])
             continue
         same = start if "fipgeo" in name else learn(at, 0.0)(at.data[0])
@@ -177,6 +181,17 @@ def test_students_start_from_one_head_and_learn_what_they_may() -> None:
     head = students.probed(at, 1e-2)
     assert isinstance(head, Student) and torch.equal(head.body[0].weight, at.base[0].weight)  # type: ignore[index]
     assert not torch.equal(head.classes, at.classes)
+
+
+def test_classifiers_of_features_know_the_coefficients_only_where_they_are_learned() -> None:
+    at = lesson()
+    for kind, alone in (("Tip", CacheAdapter), ("LP++", LinearProbe)):
+        with torch.no_grad():
+            features = at.base(at.data[0])
+            known = alone(features, at.data[1], at.classes, sharpness=SHARPNESS)
+            known.fit_(features, at.data[1])
+            torch.testing.assert_close(students.METHODS[kind](at, 0.0)(at.data[0]), known(features))
+            assert not torch.allclose(students.METHODS[f"fipgeo, {kind}"](at, 0.0)(at.data[0]), known(features))
 
 
 def test_coefficients_of_parts_are_as_many_as_the_numbers_of_lora() -> None:
@@ -204,16 +219,17 @@ def test_images_of_a_lesson_have_all_classes() -> None:
     at = setting()
     assert students.few(at, "one", 2, 0)[1].bincount().tolist() == [2, 2, 2]
     x, y = students.few(at, "one", 2, 0)
-    with pytest.raises(ValueError, match="got images of 2 classes, expected all 3 of one"):
+    with pytest.raises(ValueError, match="got examples of 2 classes, expected all 3 of one"):
         Lesson.of(at.base, at.tasks[0], at.vectors, (x[y < 2], y[y < 2]), 0)
 
 
 def test_grids_are_resumed_and_means_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at, counted = setting(), []
     monkeypatch.setattr(merging, "given", lambda backbone: (at, kept(at)))
-    monkeypatch.setattr(transfer, "given", lambda: counted.append(1) or at)
-    monkeypatch.setattr(transfer, "TARGETS", ("one",))
-    monkeypatch.setattr(transfer, "OTHERS", ("two",))
+    course = transfer.Course(transfer.RESNET20, ("one",), ("two",))
+    monkeypatch.setattr(transfer, "given", lambda backbone: counted.append(1) or at)
+    monkeypatch.setattr(transfer, "COURSES", {"resnet20": course})
+    monkeypatch.setattr(transfer, "TARGETS", ["one"])
     methods = ["individual vectors", "isotropic", "DARE"]
     merging.main(["--folder", str(tmp_path), "--backbones", "resnet20", "--cells", "add", "--methods", *methods])
     found = records.read("merging", tmp_path)

@@ -4,7 +4,7 @@ from fipgeo.atlas.composition import Composition
 from fipgeo.atlas.few_shot import CacheAdapter, FewShot, LinearProbe, class_means, few_shot_
 from fipgeo.atlas.goals import Goal
 from fipgeo.atlas.hidden import HiddenClassifier, fit_hidden_
-from fipgeo.atlas.kinds import Isotropic, Kind, Partitions, PerBlock, PerLayer, partition
+from fipgeo.atlas.kinds import Isotropic, Kind, Partitions, PerBlock, PerChannel, PerLayer, partition
 from fipgeo.atlas.losses import Loss, square
 from fipgeo.atlas.recipes import dare, elect, lines, ties, trim
 from fipgeo.atlas.self_training import pseudo_labels, self_train_, trusted
@@ -25,6 +25,7 @@ __all__ = [
     "Loss",
     "Partitions",
     "PerBlock",
+    "PerChannel",
     "PerLayer",
     "choose_vectors",
     "class_means",

@@ -48,7 +48,8 @@ class Composition(nn.Module):
             tensors that are zero take no memory. Vectors of factors stay factors, and streamed ones are read block by
             block whenever weights are composed or gradients taken; a part of a tensor has no factors, so `Partitions`
             multiplies them block by block.
-        kind: Which coefficient scales what: `Isotropic()`, `PerLayer()`, `PerBlock()` or `Partitions(K, seed)`.
+        kind: Which coefficient scales what: `Isotropic()`, `PerLayer()`, `PerBlock()`, `PerChannel.of(module)` or
+            `Partitions(K, seed)`.
         dtype: To store the vectors in; None for their own.
         start: The value of all coefficients at the start; 0 is the network itself.
         linear: Linearise the network in its weights at theta_0.

@@ -39,9 +39,10 @@ class HiddenClassifier:
 
     A convolution sees an image: mean and maximum over the parts of coarse grids are kept. A map that sees tokens
     `[n, T, F]` gives both over the tokens. Numbers are standardised by the examples, and every map and grid counts
-    alike; with a mask, those tokens count that are there. What the network puts out, `[n, C]`, counts as one more. The last layers know what the network was trained
-    for; those before know the rest, which a new task may need. The system has an equation for each example, so this is
-    for few of them; for many, and task after task, there is `fipgeo.memory.ReadoutSketch`.
+    alike; with a mask, those tokens count that are there. What the network puts out, `[n, C]`, counts as one more.
+    The last layers know what the network was trained for; those before know the rest, which a new task may need.
+    The system has an equation for each example, so this is for few of them; for many, and task after task, there is
+    `fipgeo.memory.ReadoutSketch`.
 
     Args:
         network: Any module; it is kept, not copied, and evaluated in eval mode.

@@ -1,4 +1,4 @@
-"""Which coefficient scales what: one for a vector, for its layers, for its tensors, or for random parts of them.
+"""Which coefficient scales what: one for a vector, its layers, its tensors, their channels, or random parts of them.
 
 Every kind has a table of coefficients `[n, S]`: n vectors, S columns. A weight of a tensor belongs to one column, the
 same for all vectors. Axis letters: n vectors, S columns, K parts of a tensor.
@@ -10,10 +10,11 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Kind(ABC):
@@ -96,6 +97,56 @@ class PerBlock(Kind):
 
 
 @dataclass(frozen=True)
+class PerChannel(Kind):
+    """One coefficient for each vector and output channel of a weight; one for each vector and tensor with one axis.
+
+    Between `PerBlock` and `Partitions`: what a channel is made of stays together, so that coefficients of related tasks
+    turn whole features up and down.
+
+    Attributes:
+        channels: Length of the first axis of every tensor that is divided; those that it lacks have one coefficient.
+
+    Raises:
+        ValueError: A tensor has no such number of equal slices.
+
+    Examples:
+        >>> kind = PerChannel.of(torch.nn.Linear(3, 2))
+        >>> kind.labels({"weight": 6, "bias": 2})
+        ['weight[0]', 'weight[1]', 'bias']
+    """
+
+    channels: Mapping[str, int]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> PerChannel:
+        """The channels of a module's parameters of two axes or more."""
+        return cls({name: len(p) for name, p in module.named_parameters() if p.dim() > 1})
+
+    def labels(self, sizes: Mapping[str, int]) -> list[str]:
+        """The tensors with the numbers of their channels."""
+        parts = [(name, self._parts(name, size)) for name, size in sizes.items()]
+        return [f"{name}[{k}]" if count > 1 else name for name, count in parts for k in range(count)]
+
+    def columns(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """Every channel of every tensor has a column of its own."""
+        return _in_turn({name: self._parts(name, size) for name, size in sizes.items()})
+
+    def order(self, name: str, size: int) -> Tensor | None:
+        """Channels lie one after the other."""
+        return torch.arange(size, dtype=torch.int32) if self._parts(name, size) > 1 else None
+
+    def describe(self) -> dict[str, Any]:
+        """The kind with the channels of each tensor."""
+        return {"name": type(self).__name__, "channels": dict(self.channels)}
+
+    def _parts(self, name: str, size: int) -> int:
+        count = self.channels.get(name, 1)
+        if count < 1 or size % count:
+            raise ValueError(f"channels: got {count} of {name}, whose {size} weights cannot be cut into as many slices")
+        return count
+
+
+@dataclass(frozen=True)
 class Partitions(Kind):
     """One coefficient for each vector and each of K random parts of every parameter tensor.
 
@@ -123,12 +174,7 @@ class Partitions(Kind):
 
     def columns(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """Every part of every tensor has a column of its own."""
-        out, start = {}, 0
-        for name, size in sizes.items():
-            parts = self._parts(size)
-            out[name] = torch.arange(start, start + parts)
-            start += parts
-        return out
+        return _in_turn({name: self._parts(size) for name, size in sizes.items()})
 
     def order(self, name: str, size: int) -> Tensor | None:
         """The place of each weight among the parts."""
@@ -140,6 +186,14 @@ class Partitions(Kind):
 
     def _parts(self, size: int) -> int:
         return max(1, min(self.count, size))
+
+
+def _in_turn(parts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Columns for tensors of so many parts, one after the other."""
+    starts = accumulate(parts.values(), initial=0)
+    return {
+        name: torch.arange(start, start + count) for start, (name, count) in zip(starts, parts.items(), strict=False)
+    }
 
 
 def partition(size: int, parts: int, seed: int, name: str) -> Tensor:

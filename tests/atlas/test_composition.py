@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacfwd, jacrev, vmap
 
 from fipgeo import Composition, TaskVector, WeightSpace, metric
-from fipgeo.atlas import Isotropic, Kind, Partitions, PerBlock, PerLayer
+from fipgeo.atlas import Isotropic, Kind, Partitions, PerBlock, PerChannel, PerLayer
 from fipgeo.linalg import adjoint_gap, dense_gap
 
 from ..models import Tied
@@ -23,6 +23,7 @@ KINDS: dict[str, Kind] = {
     "per layer": PerLayer(),
     "two groups": PerLayer(lambda name: "bias" if name.endswith("bias") else "rest"),
     "per block": PerBlock(),
+    "per channel": PerChannel({"conv.weight": 2, "mix": 2, "head.weight": 2, "first.weight": 4}),
     "partitions": Partitions(3, seed=5),
     "one part": Partitions(1),
     "every weight": Partitions(1000),
