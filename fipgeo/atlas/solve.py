@@ -24,7 +24,7 @@ from fipgeo.atlas.goals import Term, labels_of, listed
 from fipgeo.atlas.losses import Loss
 from fipgeo.atlas.proximal import EXACT, Problem, searched
 from fipgeo.atlas.region import Curvature
-from fipgeo.data import Batches, Generator, as_generator
+from fipgeo.data import Batches, Generator, TensorBatches, as_generator
 from fipgeo.linalg import Outcome
 from fipgeo.trees import tensor_leaves
 
@@ -207,15 +207,19 @@ class Objective:
 
     def slope(self, c: Tensor) -> tuple[float, Tensor]:
         """The value and its gradient `[r]`, float64; weights are composed once, and their gradient projected once."""
+        return self._pulled(c, [(term, part, _count(part)) for term, part in zip(self.terms, self.parts, strict=True)])
+
+    def _pulled(self, c: Tensor, jobs: list[tuple[Term, Batches, int]]) -> tuple[float, Tensor]:
+        """The same by some examples of each goal, of so many whose mean is taken, and the ridge."""
         leaf = c.clone().requires_grad_()
         with torch.enable_grad():
             composed = self.model.weights(leaf)
         leaves = {name: t.detach().requires_grad_() for name, t in composed.items()}
         total = self.ridge / 2 * float(c.double().square().sum())
-        for term, part in zip(self.terms, self.parts, strict=True):
-            share = term.weight / _count(part)
+        for term, part, count in jobs:
             for batch in part:
-                total += term.expander.pull(leaves, batch, partial(_summed, term.loss, labels_of(batch), share))
+                value = partial(_summed, term.loss, labels_of(batch), term.weight / count)
+                total += term.expander.pull(leaves, batch, value)
         pairs = [(composed[name], t.grad) for name, t in leaves.items() if t.grad is not None]
         slope = self.ridge * c.flatten().double()
         if pairs:
@@ -223,22 +227,24 @@ class Objective:
             slope = slope + found.flatten().double()
         return total, slope
 
-    def metric(self, c: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor, tuple[float, Tensor] | None]:
-        """Rows `[q, r]`, the signs of their squares, and value and slope where all examples were looked at."""
-        rows, signs, whole = [], [], True
-        value, slope = self.ridge / 2 * float(c.double().square().sum()), self.ridge * c.flatten().double()
+    def metric(self, c: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor, float, Tensor]:
+        """Rows `[q, r]`, the signs of their squares, value and slope; no example is gone through twice."""
+        rows, signs, rest = [], [], []
+        value, slope = 0.0, torch.zeros_like(c.flatten(), dtype=torch.float64)
         for term, part in zip(self.terms, self.parts, strict=True):
-            few = part
-            if _count(part) > METRIC:
-                few, whole = Term(part, term.loss, term.weight, term.expander).drawn(METRIC, draws), False
-            share = term.weight / _count(few)
+            count, few = _count(part), part
+            if count > METRIC and (isinstance(part, TensorBatches) or sum(1 for _ in part) > 1):
+                other, few = part.split(METRIC / count, draws)
+                rest.append((term, other, count))
+            weight, share = term.weight / _count(few), term.weight / count
             for batch in few:
                 f, a = term.expander.along(c, batch, partial(_directions, term.loss, draws))
                 value += share * float(term.loss.value(f, labels_of(batch)).double().sum())
                 slope = slope + share * a[:, 0].double().sum(0)
-                rows.append(abs(share) ** 0.5 * a[:, 1:].double().flatten(0, 1))
-                signs.append(torch.full_like(rows[-1][:, 0], math.copysign(1.0, share)))
-        return torch.cat(rows), torch.cat(signs), (value, slope) if whole else None
+                rows.append(abs(weight) ** 0.5 * a[:, 1:].double().flatten(0, 1))
+                signs.append(torch.full_like(rows[-1][:, 0], math.copysign(1.0, weight)))
+        others, along = self._pulled(c, rest)
+        return torch.cat(rows), torch.cat(signs), value + others, slope + along
 
 
 class Descent:
@@ -261,9 +267,8 @@ class Descent:
 
     def __init__(self, objective: Objective, c: Tensor, reach: float, draws: torch.Generator) -> None:
         self.objective, self.c, self.radius, self.verdict = objective, c, reach, Outcome.STAGNATED
-        rows, signs, found = objective.metric(c, draws)
+        rows, signs, self.value, self.slope = objective.metric(c, draws)
         self.curvature = Curvature.of(rows, signs, objective.ridge)
-        self.value, self.slope = objective.slope(c) if found is None else found
 
     def step(self, least: float) -> float | None:
         """Try a step; how much it lowers the objective, 0 if it is taken back, None if the model expects too little."""

@@ -15,7 +15,7 @@ from fipgeo.atlas.expansion import Expander
 from fipgeo.atlas.goals import Term
 from fipgeo.atlas.proximal import Problem
 from fipgeo.atlas.solve import Descent, Objective
-from fipgeo.data import as_batches
+from fipgeo.data import ListBatches, as_batches
 from fipgeo.linalg import Outcome
 
 from ..models import Tied
@@ -87,10 +87,11 @@ def test_directions_are_those_of_the_derivative(name: str, seed: int) -> None:
     torch.testing.assert_close(along, torch.einsum("mno,nor->nmr", u.flatten(2), a), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("most", [64, 2])
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=seeds)
 @settings(max_examples=2)
-def test_the_objective_has_the_slope_of_autograd_by_both_ways(kind: str, seed: int) -> None:
+def test_the_objective_has_the_slope_of_autograd_by_both_ways(kind: str, most: int, seed: int) -> None:
     base, vectors, x = bank("mixed", seed, 2)
     model = Composition(base, vectors, KINDS[kind])
     with torch.no_grad():
@@ -103,7 +104,11 @@ def test_the_objective_has_the_slope_of_autograd_by_both_ways(kind: str, seed: i
     loss = loss + 0.15 * model.coefficients.square().sum()
     (slope,) = torch.autograd.grad(loss, model.coefficients)
     c = model.coefficients.detach()
-    for value, found in (objective.slope(c), objective.metric(c, torch.Generator())[2] or (0, c)):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fipgeo.atlas.solve.METRIC", most)
+        first = objective.metric(c, torch.Generator())
+    assert len(first[0]) == 4 * min(most, len(x))  # two directions of two goals
+    for value, found in (objective.slope(c), first[2:]):
         assert math.isclose(value, loss.item(), rel_tol=1e-9)
         torch.testing.assert_close(found, slope.flatten(), rtol=1e-7, atol=1e-9)
 
@@ -111,26 +116,37 @@ def test_the_objective_has_the_slope_of_autograd_by_both_ways(kind: str, seed: i
 def test_the_mean_of_the_first_metrics_is_the_pulled_back_one(monkeypatch: pytest.MonkeyPatch) -> None:
     base, vectors, x = bank("tied", 3, 2)
     model = Composition(base, vectors)
-    term = Term.of(model, Goal((x, torch.arange(len(x)) % 2), weight=-2.0))
+    y = torch.arange(len(x)) % 2
+    term = Term.of(model, Goal((x, y), weight=-2.0))
     objective = Objective(model, [term], [term.batches], 0.0)
     pulled = metric(base, [x], geometry="categorical").pullback(model.operator()).operator.to_dense()
     monkeypatch.setattr("fipgeo.atlas.solve.DIRECTIONS", 600)
-    rows, signs, whole = objective.metric(model.coefficients.detach(), torch.Generator().manual_seed(0))
-    assert whole is not None and bool(signs.eq(-1).all())
+    rows, signs, _, _ = objective.metric(model.coefficients.detach(), torch.Generator().manual_seed(0))
+    assert bool(signs.eq(-1).all())
     torch.testing.assert_close(rows.T @ rows, 2 * pulled, rtol=0.1, atol=0.05 * float(2 * pulled.diagonal().max()))
     monkeypatch.setattr("fipgeo.atlas.solve.METRIC", 3)
     monkeypatch.setattr("fipgeo.atlas.solve.DIRECTIONS", 1)
-    rows, _, whole = objective.metric(model.coefficients.detach(), torch.Generator().manual_seed(0))
-    assert whole is None and len(rows) == 3 and bool(rows.any())
+    rows, _, value, slope = objective.metric(model.coefficients.detach(), torch.Generator().manual_seed(0))
+    assert len(rows) == 3 and bool(rows.any())
+    cut = ListBatches([(x[:2], y[:2]), (x[2:], y[2:])])  # whole batches are told apart, not their examples
+    for parts in (cut, ListBatches([(x, y)])):
+        again = Objective(model, [term], [parts], 0.0)
+        _, _, same, along = again.metric(model.coefficients.detach(), torch.Generator().manual_seed(0))
+        assert same == pytest.approx(value)
+        torch.testing.assert_close(along, slope)
 
 
-def test_what_steps_cost_is_counted() -> None:
+def test_what_steps_cost_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     base, vectors, x = bank("tied", 5, 3)
     y = torch.arange(len(x)) % 2
     fit = fit_(Composition(base, vectors), (x, y), steps=1, rtol=0.0)
     first = len(x) * (1 + 3 + 3) / 3  # forward, the loss and two directions back, three vectors
     assert fit.passes == pytest.approx((first, first + len(x)))
     assert fit_(Composition(base, vectors), (x, y), steps=0).passes == pytest.approx((len(x) / 3,))
+    monkeypatch.setattr("fipgeo.atlas.solve.METRIC", 2)
+    few = fit_(Composition(base, vectors), (x, y), steps=1, rtol=0.0)
+    first = 2 * (1 + 3 + 3) / 3 + len(x) - 2  # those in the metric are not gone through again
+    assert few.passes == pytest.approx((first, first + len(x)))
 
 
 class Bowl:
@@ -144,8 +160,8 @@ class Bowl:
     def slope(self, c: Tensor) -> tuple[float, Tensor]:
         return float(self.start @ c + self.h / 2 * c @ c), self.start + self.h * c
 
-    def metric(self, c: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor, tuple[float, Tensor]]:
-        return torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), self.slope(c)
+    def metric(self, c: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor, float, Tensor]:
+        return torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), *self.slope(c)
 
 
 @pytest.mark.parametrize(
