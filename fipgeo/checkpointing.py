@@ -46,7 +46,7 @@ class CheckpointWatch(TorchFunctionMode):
         if self.seen and error is None:
             raise CheckpointError(
                 "model: its forward uses reentrant checkpoints, inside which no derivative sees the weights; switch"
-                " activation checkpointing off for the metric, such as by model.gradient_checkpointing_disable()"
+                " activation checkpointing off, such as by model.gradient_checkpointing_disable()"
             )
 
 

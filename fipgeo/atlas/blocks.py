@@ -19,6 +19,9 @@ from fipgeo.lazy import Entry, Factors, value, write
 _PIECE = 2**17
 """Stored numbers that are widened at a time where storage is narrower than the sums."""
 
+TALL = 4096
+"""Rows from which on a matrix may be one of embeddings, of which a batch looks up few: other rows have no gradient."""
+
 
 class Block(nn.Module):
     """n vectors `[n, P]` over one parameter tensor, divided into K parts.
@@ -103,6 +106,11 @@ class Block(nn.Module):
         rows = self._plain(gradient.dtype)
         if rows is None:
             return self.project(gradient).reshape(-1)
+        if len(self.shape) == 2 and self.shape[0] >= TALL and not gradient.is_cuda:
+            live = torch.linalg.vector_norm(gradient, ord=1, dim=1).nonzero()[:, 0]
+            if 4 * len(live) < len(gradient):
+                some = rows.view(-1, *self.shape).index_select(1, live)
+                return torch.mv(some.flatten(1), gradient.index_select(0, live).flatten())
         return torch.mv(rows, gradient.reshape(-1))
 
     def _plain(self, dtype: torch.dtype) -> Tensor | None:

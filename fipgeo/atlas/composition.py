@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fipgeo.atlas.blocks import Block, Compose, Sums, block_of
 from fipgeo.atlas.kinds import Kind, PerBlock
+from fipgeo.checkpointing import CheckpointWatch
 from fipgeo.io import load_record, save_record
 from fipgeo.lazy import Entry, Factors, entries_of, value
 from fipgeo.linalg import Function, LinearOperator
@@ -63,6 +64,7 @@ class Composition(nn.Module):
 
     Raises:
         ValueError: There is no vector, or a vector does not fit the network; every mismatch is listed.
+        CheckpointError: When called where gradients are wanted: the network uses reentrant checkpoints.
 
     Examples:
         >>> net, tuned = nn.Linear(3, 2), nn.Linear(3, 2)
@@ -128,7 +130,9 @@ class Composition(nn.Module):
         """The network's output at theta_0 + B c, or that of its expansion."""
         composed = self._used() if self._shared is None else self._shared
         if not (self.linear and self.names):
-            return torch.func.functional_call(self.module, composed, args, kwargs)
+            traced = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+            with nullcontext() if traced else CheckpointWatch():
+                return torch.func.functional_call(self.module, composed, args, kwargs)
         if self._expansion is None:
             names = frozenset(self.names)
             self._expansion = Expansion(OutputMap(self.module, lambda name, _: name in names, forward_fn=called))

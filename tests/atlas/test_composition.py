@@ -1,6 +1,7 @@
 """Compositions against weights that are put together by hand, with gradients by plain autograd."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacfwd, jacrev, vmap
+from torch.utils.checkpoint import checkpoint
 
 from fipgeo import Composition, TaskVector, WeightSpace, metric
 from fipgeo.atlas import Isotropic, Kind, Partitions, PerBlock, PerChannel, PerLayer
+from fipgeo.atlas.blocks import Block
+from fipgeo.checkpointing import CheckpointError
 from fipgeo.linalg import adjoint_gap, dense_gap
 
 from ..models import Tied
@@ -318,3 +322,35 @@ def test_vectors_that_do_not_fit_are_refused() -> None:
         Composition(base, [vectors[0], wrong])
     for part in ("vector 1: head.bias is [3], the network's is [2]", "no parameter none", "no parameter norm.running"):
         assert part in str(caught.value)
+
+
+@given(seed=seeds, looked=st.integers(0, 40))
+@settings(max_examples=10)
+def test_rows_without_a_gradient_are_left_out_of_products(seed: int, looked: int) -> None:
+    block = Block(draw(seed, 3, 30, 4))
+    gradient = torch.zeros(30, 4, dtype=torch.float64)
+    places = torch.randint(0, 30, (looked,), generator=torch.Generator().manual_seed(seed))
+    gradient[places] = draw(seed + 1, looked, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fipgeo.atlas.blocks.TALL", 30)
+        found = block.project_one(gradient)
+    torch.testing.assert_close(found, block.project(gradient).flatten(), rtol=1e-12, atol=1e-12)
+
+
+def test_reentrant_checkpoints_are_refused_where_gradients_are_wanted() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(checkpoint(self.first, x, use_reentrant=True))  # type: ignore[no-any-return]
+
+    net = Checkpointed()
+    model = Composition(net, [TaskVector({n: torch.ones_like(p) for n, p in net.named_parameters()})])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(CheckpointError, match="its forward uses reentrant checkpoints"):
+            model(torch.ones(4, 3))
+        with torch.no_grad():
+            assert model(torch.ones(4, 3)).shape == (4, 2)
