@@ -53,6 +53,7 @@ class Lesson:
         seed: Of whatever is drawn.
         mask: Inputs -> which tokens are no padding; None where there are none.
         batch: Examples of a step.
+        starts: Common values of coefficients at which learning by the evidence may begin.
     """
 
     base: nn.Module
@@ -63,6 +64,7 @@ class Lesson:
     seed: int
     mask: Callable[[Tensor], Tensor] | None = None
     batch: int = BATCH
+    starts: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -201,9 +203,19 @@ def read(at: Lesson, rate: float, *, steps: int = 15) -> HiddenClassifier:
     """
     del rate
     model = Composition(at.base, at.vectors).eval()
-    found = fit_hidden_(model, at.data, mask=at.mask, steps=steps)
+    found = fit_hidden_(model, at.data, mask=at.mask, starts=at.starts if steps else (), steps=steps)
     found.numbers = (model.coefficients.numel() if steps else 0) + found.weights.numel()  # type: ignore[attr-defined]
     return found
+
+
+def told(at: Lesson, steps: int = 15) -> Student:
+    """Coefficients by the evidence of the examples, as for `read`, and the head of the examples where they end."""
+    model = Composition(at.base, at.vectors).eval()
+    fit_hidden_(model, at.data, mask=at.mask, starts=at.starts, steps=steps)
+    net = model.merge()
+    student = Student(net, head(net, *at.data))
+    student.numbers = model.coefficients.numel()  # type: ignore[assignment]
+    return student
 
 
 def adapter(at: Lesson, ridge: float, *, kind: str, steps: int = 30) -> Callable[[Tensor], Tensor]:
@@ -260,6 +272,7 @@ METHODS: dict[str, Callable[[Lesson, float], Callable[[Tensor], Tensor]]] = {
     "fipgeo, LP++": partial(adapter, kind="probe"),
     "all layers": partial(read, steps=0),
     "fipgeo, all layers": read,
+    "fipgeo, evidence": lambda at, _: told(at),
 }
 SELECTED: dict[str, Callable[[Lesson, float], nn.Module]] = {
     "by leverage": lambda at, ridge: solved(

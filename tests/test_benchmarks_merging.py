@@ -158,7 +158,7 @@ def test_ascent_takes_the_best_look_above_the_floor(monkeypatch: pytest.MonkeyPa
     assert learned.by_ascent(at, 0, control, 0)[1] == "30 steps"
 
 
-CLOSED = {"all layers", "fipgeo, all layers", "Tip", "LP++", "fipgeo, Tip", "fipgeo, LP++"}
+CLOSED = {"all layers", "fipgeo, all layers", "Tip", "LP++", "fipgeo, Tip", "fipgeo, LP++", "fipgeo, evidence"}
 
 
 def lesson() -> Lesson:

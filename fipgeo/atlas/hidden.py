@@ -150,6 +150,7 @@ def fit_hidden_(
     cells: Sequence[int] = CELLS,
     early: float = EARLY,
     mask: Mask | None = None,
+    starts: Sequence[float] = (),
     steps: int = 15,
     lr: float = 0.02,
 ) -> HiddenClassifier:
@@ -165,6 +166,8 @@ def fit_hidden_(
         cells: As there.
         early: As there.
         mask: As there.
+        starts: Further starts, as common values of all coefficients: merges of the vectors that are closer to the task
+            than the network itself, where tasks are related. The most probable one is taken.
         steps: Of Adam on the log evidence.
         lr: About how far a coefficient may move in a step.
 
@@ -183,16 +186,38 @@ def fit_hidden_(
     """
     if model.linear:
         raise ValueError("model: got a linear composition, whose maps see what they saw before; pass linear=False")
+    view = View(tuple(cells), early, mask)
+
+    def log_evidence() -> Tensor:
+        with model.once():
+            rows, y = _examples(model, data, view)
+            found = evidence(_kernel([_standardised(part) for part in rows]), _targets(y)).log
+            if found.requires_grad:
+                (-found).backward()
+        return found.detach()
+
+    _choose(model.coefficients, starts, log_evidence)
     optimizer = torch.optim.Adam([model.coefficients], lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()
-        with torch.enable_grad(), model.once():
-            rows, y = _examples(model, data, View(tuple(cells), early, mask))
-            kernel = _kernel([_standardised(part) for part in rows])
-            (-evidence(kernel, _targets(y)).log).backward()
+        with torch.enable_grad():
+            log_evidence()
         optimizer.step()
     optimizer.zero_grad()
     return HiddenClassifier(model.merge(), data, cells=cells, early=early, mask=mask)
+
+
+@torch.no_grad()
+def _choose(coefficients: Tensor, starts: Sequence[float], log_evidence: Callable[[], Tensor]) -> None:
+    """The coefficients as they are, or a common value of them, by the evidence."""
+    if not starts:
+        return
+    candidates = [coefficients.clone(), *(torch.full_like(coefficients, float(value)) for value in starts)]
+    found = []
+    for candidate in candidates:
+        coefficients.copy_(candidate)
+        found.append(float(log_evidence()))
+    coefficients.copy_(candidates[max(range(len(found)), key=found.__getitem__)])
 
 
 class View(NamedTuple):

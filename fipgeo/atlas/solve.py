@@ -138,7 +138,7 @@ def descend(
     target: float = -math.inf,
     allowed: Callable[[Tensor], bool] | None = None,
 ) -> Fit:
-    """The steps of `fit_`; the first that leads to coefficients that are not allowed is halved, and is the last."""
+    """The steps of `fit_`; the first that leads to coefficients that are not allowed is cut, and is the last."""
     model = objective.model
     c = model.coefficients.detach().clone()
     descent = Descent(objective, c, reach, draws) if steps else None
@@ -154,7 +154,7 @@ def descend(
             break
         if gain > 0:
             if allowed is not None and not allowed(descent.c):
-                c, outcome = halved(c, descent.c, allowed), Outcome.CONVERGED
+                c, outcome = farthest(c, descent.c, allowed), Outcome.CONVERGED
                 losses.append(objective.value(c))
                 passes.append(objective.passes)
                 break
@@ -176,14 +176,16 @@ def descend(
     )
 
 
-def halved(start: Tensor, end: Tensor, allowed: Callable[[Tensor], bool]) -> Tensor:
-    """The first of the middle, the first quarter, ... of a way whose coefficients are allowed; its start if none is."""
-    size = 0.5
-    while size > 1e-3:
-        if allowed(start + size * (end - start)):
-            return start + size * (end - start)
-        size /= 2
-    return start
+def farthest(start: Tensor, end: Tensor, allowed: Callable[[Tensor], bool]) -> Tensor:
+    """A point of a way to coefficients that are not allowed, by bisection: allowed, while one 1/64 farther is not.
+
+    The start, which is taken to be allowed, where nothing of the way is.
+    """
+    low, high = 0.0, 1.0
+    while high - low > 1 / 64:
+        middle = (low + high) / 2
+        low, high = (middle, high) if allowed(start + middle * (end - start)) else (low, middle)
+    return start + low * (end - start)
 
 
 @dataclass(frozen=True, eq=False)

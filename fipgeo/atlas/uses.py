@@ -14,7 +14,7 @@ from fipgeo.atlas.expansion import Expander
 from fipgeo.atlas.goals import Goal, Term, labels_of
 from fipgeo.atlas.losses import Loss, as_loss
 from fipgeo.atlas.proximal import Expanded
-from fipgeo.atlas.solve import Fit, Objective, descend, fit_, halved
+from fipgeo.atlas.solve import Fit, Objective, descend, farthest, fit_
 from fipgeo.data import Batches, Generator, as_batches, as_generator
 from fipgeo.lazy import entries_of, gathered
 from fipgeo.model import ForwardFn, OutputFn, OutputMap
@@ -37,12 +37,12 @@ def forget_(
     """Make a network bad at a target while it stays good at a control, in place.
 
     The loss is cross-entropy on the control minus that on the target. After every step the accuracy on control data
-    that are set apart is looked at; the first step that takes it below the floor is halved until it does not, and is
-    the last. Those data decide nothing else, so what they say of the floor is not what was fitted to them.
+    that are set apart is looked at; the first step that takes it below the floor goes only as far as it does not, and
+    is the last. Those data decide nothing else, so what they say of the floor is not what was fitted to them.
 
     Args:
-        model: A composition of vectors that know the target. Coefficients that begin below the floor are first halved
-            towards 0.
+        model: A composition of vectors that know the target. Coefficients that begin below the floor are first
+            brought back towards 0.
         target: Data to be forgotten, `(x, y)` or a `Goal` (of whose weight the size counts).
         control: Data to be kept, or a `Goal`.
         floor: Share that must be left of the control accuracy of the network at c = 0.
@@ -73,14 +73,14 @@ def forget_(
     start = model.coefficients.detach().clone()
     if not held(start):
         with torch.no_grad():
-            model.coefficients.copy_(halved(torch.zeros_like(start), start, held))
+            model.coefficients.copy_(farthest(torch.zeros_like(start), start, held))
     if model.linear:
         before = model.coefficients.detach().clone()
         fit = fit_(model, goals, ridge=ridge, steps=steps)
         after = model.coefficients.detach().clone()
         if not held(after):
             with torch.no_grad():
-                model.coefficients.copy_(halved(before, after, held))
+                model.coefficients.copy_(farthest(before, after, held))
         return fit
     terms = [Term.of(model, goal) for goal in goals]
     objective = Objective(model, terms, [term.batches for term in terms], ridge)

@@ -125,6 +125,23 @@ def test_coefficients_make_the_labels_more_probable_and_leave_the_network_as_it_
     torch.testing.assert_close(HiddenClassifier(model, cut)(data[0]), start(data[0]))
 
 
+def test_of_several_starts_the_most_probable_is_taken() -> None:
+    model, data = net(), images(1)
+    vectors = [TaskVector({k: 0.3 * draw(i, *t.shape) for k, t in model.named_parameters()}) for i in range(3)]
+    composition, starts = Composition(model, vectors), (-0.7, 0.4, 1.5)
+    values = {0.0: HiddenClassifier(model, data).evidence}
+    for start in starts:
+        values[start] = HiddenClassifier(Composition(model, vectors, start=start).merge(), data).evidence
+    best = max(values, key=lambda start: values[start])
+    found = fit_hidden_(composition, data, starts=starts, steps=0)
+    assert composition.coefficients.eq(best).all() and found.evidence == pytest.approx(values[best])
+    others = [start for start in starts if start != best]
+    fit_hidden_(composition, data, starts=others, steps=0)  # what it has is a start as well
+    assert composition.coefficients.eq(best).all() and composition.coefficients.grad is None
+    fitted = fit_hidden_(composition, data, starts=starts, steps=5)
+    assert fitted.evidence > values[best]
+
+
 def test_padding_is_not_seen_where_a_mask_says_what_it_is() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     x, y, noise = draw(6, 7, 4, 3), torch.arange(7) % 3, 9 * draw(7, 7, 2, 3)

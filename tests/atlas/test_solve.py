@@ -14,7 +14,7 @@ from fipgeo.atlas import Goal, Isotropic, Kind, Partitions, PerBlock, PerLayer, 
 from fipgeo.atlas.expansion import Expander
 from fipgeo.atlas.goals import Term
 from fipgeo.atlas.proximal import Problem
-from fipgeo.atlas.solve import Descent, Objective
+from fipgeo.atlas.solve import Descent, Objective, farthest
 from fipgeo.data import ListBatches, as_batches
 from fipgeo.linalg import Outcome
 
@@ -290,3 +290,11 @@ def test_a_target_in_the_span_is_found() -> None:
     expected = torch.tensor([[0.5], [-0.25]], dtype=torch.float64)
     torch.testing.assert_close(model.coefficients.detach(), expected, rtol=1e-4, atol=1e-4)
     assert fit.losses[-1] < 1e-8
+
+
+@given(edge=st.floats(0.0, 0.999))
+def test_a_way_ends_just_before_what_is_not_allowed(edge: float) -> None:
+    start, end = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])
+    place = float(farthest(start, end, lambda c: float(c[1]) / 2 <= edge)[1]) / 2
+    assert place <= edge < place + 1 / 64
+    assert torch.equal(farthest(start, end, lambda c: False), start)
