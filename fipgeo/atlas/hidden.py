@@ -167,7 +167,8 @@ def fit_hidden_(
         early: As there.
         mask: As there.
         starts: Further starts, as common values of all coefficients: merges of the vectors that are closer to the task
-            than the network itself, where tasks are related. The most probable one is taken.
+            than the network itself, where tasks are related. The most probable one is taken, if there is a class with
+            two examples: others do not tell what looks alike.
         steps: Of Adam on the log evidence.
         lr: About how far a coefficient may move in a step.
 
@@ -196,7 +197,8 @@ def fit_hidden_(
                 (-found).backward()
         return found.detach()
 
-    _choose(model.coefficients, starts, log_evidence)
+    if starts and _repeated(data):
+        _choose(model.coefficients, starts, log_evidence)
     optimizer = torch.optim.Adam([model.coefficients], lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -210,8 +212,6 @@ def fit_hidden_(
 @torch.no_grad()
 def _choose(coefficients: Tensor, starts: Sequence[float], log_evidence: Callable[[], Tensor]) -> None:
     """The coefficients as they are, or a common value of them, by the evidence."""
-    if not starts:
-        return
     candidates = [coefficients.clone(), *(torch.full_like(coefficients, float(value)) for value in starts)]
     found = []
     for candidate in candidates:
@@ -303,6 +303,12 @@ def _examples(network: nn.Module, data: Any, view: View) -> tuple[list[Tensor], 
     if len(y) < 2 or bool((y == y[0]).all()):
         raise ValueError(f"data: got {len(y)} examples of one class; expected examples of two classes or more")
     return [torch.cat(rows) for rows in zip(*parts, strict=True)], y
+
+
+def _repeated(data: Any) -> bool:
+    """Whether some class has two examples."""
+    labels = [y.flatten().long() for batch in as_batches(data, argument="data") if (y := labels_of(batch)) is not None]
+    return bool(labels) and len(torch.cat(labels).unique()) < sum(map(len, labels))
 
 
 def _standardised(rows: Tensor) -> _Map:

@@ -140,6 +140,9 @@ def test_of_several_starts_the_most_probable_is_taken() -> None:
     assert composition.coefficients.eq(best).all() and composition.coefficients.grad is None
     fitted = fit_hidden_(composition, data, starts=starts, steps=5)
     assert fitted.evidence > values[best]
+    single = Composition(model, vectors)
+    fit_hidden_(single, (data[0][:2], torch.arange(2)), starts=starts, steps=0)  # one of each tells nothing
+    assert not single.coefficients.any()
 
 
 def test_padding_is_not_seen_where_a_mask_says_what_it_is() -> None:
