@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from fipgeo.atlas import Isotropic, Partitions, PerBlock, PerLayer, partition
+from fipgeo import Composition, TaskVector
+from fipgeo.atlas import Isotropic, Partitions, PerBlock, PerChannel, PerLayer, partition
 
 SIZES = {"a.weight": 6, "a.bias": 2, "b.weight": 1, "scale": 1}
 
@@ -46,7 +48,25 @@ def test_labels_and_columns() -> None:
     assert parts.describe() == {"name": "Partitions", "count": 2, "seed": 0}
 
 
+def test_channels_are_slices_of_the_first_axis() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3))
+    kind, sizes = PerChannel.of(net), {name: p.numel() for name, p in net.named_parameters()}
+    assert kind.labels(sizes) == [*(f"0.weight[{k}]" for k in range(3)), "0.bias", "1.weight", "1.bias"]
+    assert [c.tolist() for c in kind.columns(sizes).values()] == [[0, 1, 2], [3], [4], [5]]
+    vectors = [TaskVector({n: torch.randn_like(p) for n, p in net.named_parameters()}) for _ in range(2)]
+    model = Composition(net, vectors, kind)
+    with torch.no_grad():
+        model.coefficients.copy_(torch.randn(2, 6))
+    along = sum(
+        c[:3, None, None, None] * v.tensors["0.weight"] for c, v in zip(model.coefficients, vectors, strict=True)
+    )
+    torch.testing.assert_close(model.displacements()["0.weight"], along)
+    assert kind.describe() == {"name": "PerChannel", "channels": {"0.weight": 3}}
+
+
 def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="channels: got 4 of w, whose 6 weights"):
+        PerChannel({"w": 4}).labels({"w": 6})
     with pytest.raises(ValueError, match="count: got 0 parts"):
         Partitions(0)
     with pytest.raises(ValueError, match="parts: got 4, expected between 1 and the 3 weights of w"):
