@@ -337,6 +337,15 @@ def test_rows_without_a_gradient_are_left_out_of_products(seed: int, looked: int
     torch.testing.assert_close(found, block.project(gradient).flatten(), rtol=1e-12, atol=1e-12)
 
 
+def test_what_small_sums_look_at_follows_casts() -> None:
+    net = nn.Linear(3, 2)
+    model = Composition(net, [TaskVector({n: torch.ones_like(p) for n, p in net.named_parameters()})]).double()
+    for block in model._blocks():
+        assert block.rows is not None and block.rows.data_ptr() == block.data.data_ptr()
+    copied = copy.deepcopy(model)
+    assert all(b.rows is not None and b.rows.data_ptr() == b.data.data_ptr() for b in copied._blocks())
+
+
 def test_reentrant_checkpoints_are_refused_where_gradients_are_wanted() -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:

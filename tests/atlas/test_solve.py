@@ -15,7 +15,7 @@ from fipgeo.atlas.expansion import Expander
 from fipgeo.atlas.goals import Term
 from fipgeo.atlas.proximal import Problem
 from fipgeo.atlas.solve import Descent, Objective, farthest
-from fipgeo.data import ListBatches, as_batches
+from fipgeo.data import ListBatches, TensorBatches, as_batches
 from fipgeo.linalg import Outcome
 
 from ..models import Tied
@@ -125,6 +125,10 @@ def test_the_mean_of_the_first_metrics_is_the_pulled_back_one(monkeypatch: pytes
     assert bool(signs.eq(-1).all())
     torch.testing.assert_close(rows.T @ rows, 2 * pulled, rtol=0.1, atol=0.05 * float(2 * pulled.diagonal().max()))
     monkeypatch.setattr("fipgeo.atlas.solve.METRIC", 3)
+    alike = Objective(model, [term], [TensorBatches((x[:1].expand(9, -1), y[:1].expand(9)))], 0.0)
+    rows, _, _, _ = alike.metric(model.coefficients.detach(), torch.Generator().manual_seed(0))
+    pulled = metric(base, [x[:1]], geometry="categorical").pullback(model.operator()).operator.to_dense()
+    torch.testing.assert_close(rows.T @ rows, 2 * pulled, rtol=0.1, atol=0.05 * float(2 * pulled.diagonal().max()))
     monkeypatch.setattr("fipgeo.atlas.solve.DIRECTIONS", 1)
     rows, _, value, slope = objective.metric(model.coefficients.detach(), torch.Generator().manual_seed(0))
     assert len(rows) == 3 and bool(rows.any())
