@@ -190,10 +190,8 @@ class Partitions(Kind):
 
 def _in_turn(parts: Mapping[str, int]) -> dict[str, Tensor]:
     """Columns for tensors of so many parts, one after the other."""
-    starts = accumulate(parts.values(), initial=0)
-    return {
-        name: torch.arange(start, start + count) for start, (name, count) in zip(starts, parts.items(), strict=False)
-    }
+    ends = accumulate(parts.values())
+    return {name: torch.arange(end - count, end) for end, (name, count) in zip(ends, parts.items(), strict=True)}
 
 
 def partition(size: int, parts: int, seed: int, name: str) -> Tensor:
