@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.banks import SHARPNESS, cosine
 from benchmarks.merges import Setting, Task
 from benchmarks.students import Lesson, Student
 from fipgeo import TaskVector
-from fipgeo.atlas import CacheAdapter, LinearProbe
+from fipgeo.atlas import CacheAdapter, LinearProbe, isotropise, whiten
 
 
 def images(seed: int, count: int) -> tuple[Tensor, Tensor]:
@@ -181,6 +182,27 @@ def test_students_start_from_one_head_and_learn_what_they_may() -> None:
     head = students.probed(at, 1e-2)
     assert isinstance(head, Student) and torch.equal(head.body[0].weight, at.base[0].weight)  # type: ignore[index]
     assert not torch.equal(head.classes, at.classes)
+
+
+def test_what_a_course_says_reaches_the_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = lambda x: x  # noqa: E731
+    course = transfer.Course(replace(transfer.RESNET20, mask=mask), (), (), batch=7, starts=(0.5,))
+    monkeypatch.setattr(transfer, "given", lambda backbone: setting())
+    at, asked = transfer.lesson(course, "one", images(4, 6), 3), []
+    assert (at.mask, at.batch, at.starts, at.seed, len(at.vectors)) == (mask, 7, (0.5,), 3, 1)
+    monkeypatch.setattr(students, "fit_hidden_", lambda model, data, **options: asked.append(options))
+    students.told(at)
+    assert asked == [{"mask": mask, "starts": (0.5,), "steps": 15}]
+
+
+@pytest.mark.parametrize("rule", ["Iso-C", "TSV"])
+def test_coefficients_are_learned_over_the_vectors_of_the_start(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, used = setting(), []
+    monkeypatch.setattr(learned, "scaled", lambda at, candidates: (at.base, f"{rule} scale 1.0"))
+    monkeypatch.setattr(learned, "shares", lambda vectors: used.append(vectors) or vectors)
+    learned.by_ours(at, 0, steps=1)
+    expected = {"Iso-C": isotropise, "TSV": whiten}[rule](at.vectors)
+    assert all((one - other).norm() == 0 for one, other in zip(used[-1], expected, strict=True))
 
 
 def test_classifiers_of_features_know_the_coefficients_only_where_they_are_learned() -> None:

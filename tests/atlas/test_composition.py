@@ -338,7 +338,7 @@ def test_rows_without_a_gradient_are_left_out_of_products(seed: int, looked: int
 
 
 def test_what_small_sums_look_at_follows_casts() -> None:
-    net = nn.Linear(3, 2)
+    net = nn.Linear(3, 2).float()
     model = Composition(net, [TaskVector({n: torch.ones_like(p) for n, p in net.named_parameters()})]).double()
     for block in model._blocks():
         assert block.rows is not None and block.rows.data_ptr() == block.data.data_ptr()
