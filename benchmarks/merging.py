@@ -19,7 +19,8 @@ examples. Every rule sees what it was published with, and chooses on validation 
                         examples
     AdamW               the published recipe of aTLAS: labels of validation examples, from 0, AdamW 0.001 with weight
                         decay 0.1, 20 epochs of 16 examples a task in a step
-    fipgeo              the same labels by `fipgeo.atlas.fit_`, from the merge of Iso-C over its vectors
+    fipgeo              the same labels by `fipgeo.atlas.fit_`, from the better of the merges of Iso-C and
+                        TSV on validation examples, over its vectors
 
 "negate": the network forgets a task and keeps 95 % of its accuracy on the control, CIFAR-10 under the head that it was
 trained with, or AG News under that of its training texts, whose vector no rule then gets. Vectors are taken back by the
