@@ -12,6 +12,7 @@ gets 200 more for validation. All are drawn once. How MiniLM is had is told in `
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -51,10 +52,9 @@ def images(network: str, name: str) -> Examples:
         x, y = (torch.from_numpy(part[order.numpy()]) for part in parts[split])
         return _prepared(x, norm), y.long()
 
-    first = torch.randperm(len(parts["train"][1]), generator=draws)
+    train, validation, _ = _cut(len(parts["train"][1]), TRAIN, VALIDATION, draws)
     test = torch.randperm(len(parts["test"][1]), generator=draws)[:TEST]
-    end = min(len(first) - VALIDATION, TRAIN)
-    return Examples(name, take("train", first[:end]), take("train", first[end : end + VALIDATION]), take("test", test))
+    return Examples(name, take("train", train), take("train", validation), take("test", test))
 
 
 def image_share(network: str, name: str, percent: int, seed: int) -> Labelled:
@@ -64,11 +64,17 @@ def image_share(network: str, name: str, percent: int, seed: int) -> Labelled:
     return _prepared(torch.from_numpy(x[chosen]), _network(network)[2]), torch.from_numpy(y[chosen]).long()
 
 
+def _cut(count: int, train: int, validation: int, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of a file's examples for training, for validation and for neither."""
+    order = torch.randperm(count, generator=draws)
+    end = min(count - validation, train)
+    return order[:end], order[end : end + validation], order[end + validation :]
+
+
 def _free(count: int, train: int, validation: int, percent: int, seed: int) -> Tensor:
     """Places of a share of so many examples, none of them among those that `images` or `texts` hold for validation."""
-    first = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    end = min(count - validation, train)
-    free = torch.cat([first[:end], first[end + validation :]])
+    first, _, rest = _cut(count, train, validation, torch.Generator().manual_seed(0))
+    free = torch.cat([first, rest])
     order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed))
     return free[order[: round(percent * count / 100)]]
 
@@ -132,7 +138,7 @@ def _encoder() -> Encoder:
     return encoder()
 
 
-def pooled() -> nn.Module:
+def minilm() -> nn.Module:
     """MiniLM and the mean over its tokens; its embeddings want no gradient."""
     net = Pooled(copy.deepcopy(_encoder().model)).eval()
     net.encoder.embeddings.requires_grad_(False)
@@ -147,10 +153,9 @@ def texts(name: str, further: int = 0) -> Examples:
     def take(part: Any, order: Tensor) -> Labelled:
         return rows(one, [part.texts[i] for i in order.tolist()], 0), part.labels[order]
 
-    first = torch.randperm(len(train.texts), generator=draws)
-    second = torch.randperm(len(test.texts), generator=draws)[:TEXT_TEST]
-    end = TEXT_TRAIN + TEXT_VALIDATION + further
-    return Examples(name, take(train, first[:TEXT_TRAIN]), take(train, first[TEXT_TRAIN:end]), take(test, second))
+    first, second, _ = _cut(len(train.texts), TEXT_TRAIN, TEXT_VALIDATION + further, draws)
+    third = torch.randperm(len(test.texts), generator=draws)[:TEXT_TEST]
+    return Examples(name, take(train, first), take(train, second), take(test, third))
 
 
 def text_share(name: str, percent: int, seed: int) -> Labelled:
@@ -163,43 +168,36 @@ def text_share(name: str, percent: int, seed: int) -> Labelled:
 def topics() -> Control:
     """AG News under the head that its training texts make."""
     found = texts(KEPT, TEXT_VALIDATION)
-    return Control(KEPT, cosine(head(pooled(), *found.train)), found.validation, found.test)
+    return Control(KEPT, cosine(head(minilm(), *found.train)), found.validation, found.test)
 
 
-RESNET20 = Backbone(
-    "resnet20",
-    RESNET,
-    partial(trunk, RESNET, "linear"),
-    tuple(FILES),
-    tuple(FILES),
-    partial(images, RESNET),
-    partial(own, RESNET, "linear"),
-    partial(image_share, RESNET),
-    epochs=6,
-    rate=1e-3,
-    batch=100,
-    others=((12, 3e-4), (12, 1e-4)),
-    depth=block,
-)
-VIT = Backbone(
-    "vit",
-    TRANSFORMER,
-    partial(trunk, TRANSFORMER, "mlp_head.1"),
-    tuple(FILES),
-    tuple(FILES),
-    partial(images, TRANSFORMER),
-    partial(own, TRANSFORMER, "mlp_head.1"),
-    partial(image_share, TRANSFORMER),
-    epochs=6,
-    rate=1e-3,
-    batch=100,
-    others=((6, 3e-4),),
-    depth=layer,
-)
+def _of_images(
+    name: str, network: str, last: str, others: tuple[tuple[int, float], ...], depth: Callable[[str], int | None]
+) -> Backbone:
+    """A network for CIFAR-10 without its last layer."""
+    return Backbone(
+        name,
+        network,
+        partial(trunk, network, last),
+        tuple(FILES),
+        tuple(FILES),
+        partial(images, network),
+        partial(own, network, last),
+        partial(image_share, network),
+        epochs=6,
+        rate=1e-3,
+        batch=100,
+        others=others,
+        depth=depth,
+    )
+
+
+RESNET20 = _of_images("resnet20", RESNET, "linear", ((12, 3e-4), (12, 1e-4)), block)
+VIT = _of_images("vit", TRANSFORMER, "mlp_head.1", ((6, 3e-4),), layer)
 MINILM = Backbone(
     "minilm",
     "minilm",
-    pooled,
+    minilm,
     tuple(TEXTS),
     tuple(name for name in TEXTS if name != KEPT),
     texts,

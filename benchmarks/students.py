@@ -67,21 +67,12 @@ class Lesson:
     starts: tuple[float, ...] = ()
 
     @classmethod
-    def of(
-        cls,
-        base: nn.Module,
-        task: Task,
-        vectors: Sequence[TaskVector],
-        data: Labelled,
-        seed: int,
-        mask: Callable[[Tensor], Tensor] | None = None,
-        batch: int = BATCH,
-    ) -> Lesson:
+    def of(cls, base: nn.Module, task: Task, vectors: Sequence[TaskVector], data: Labelled, seed: int) -> Lesson:
         """The lesson of some examples, with the head that they make; a class that they lack is an error."""
         x, y = laid(data)
         if len(y.unique()) != (size := task.size(base)):
             raise ValueError(f"data: got examples of {len(y.unique())} classes, expected all {size} of {task.name}")
-        return cls(base, task, vectors, (x, y), head(base, x, y), seed, mask, batch)
+        return cls(base, task, vectors, (x, y), head(base, x, y), seed)
 
     @property
     def draws(self) -> torch.Generator:

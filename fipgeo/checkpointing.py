@@ -19,7 +19,7 @@ class CheckpointWatch(TorchFunctionMode):
     """A context in which no operation may run inside `torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`.
 
     Such a part runs without gradients, and its backward pass is one that only `backward()` may ask for: where its
-    inputs need no gradient, its weights are silently constants.
+    inputs need no gradient, its weights are constants, of which torch warns and no more.
 
     Raises:
         CheckpointError: On leaving, if some operation did.

@@ -195,6 +195,19 @@ def test_what_a_course_says_reaches_the_evidence(monkeypatch: pytest.MonkeyPatch
     assert asked == [{"mask": mask, "starts": (0.5,), "steps": 15}]
 
 
+def test_a_share_that_lacks_a_class_chooses_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = setting()
+
+    def share(name: str, percent: int, seed: int) -> tuple[Tensor, Tensor]:
+        x, y = images(4, 12)
+        return (x, y) if name == "one" else (x[y < 2], y[y < 2])
+
+    monkeypatch.setattr(transfer, "given", lambda backbone: at)
+    course = transfer.Course(replace(transfer.RESNET20, share=share), (), ("one", "two"))
+    found = transfer.rate(course, lambda lesson, rate: Student(lesson.base, lesson.classes), (0.1, 0.2), 1)
+    assert found["tasks"] == ["one"] and set(found["rows"]) == {"0.1", "0.2"}
+
+
 @pytest.mark.parametrize("rule", ["Iso-C", "TSV"])
 def test_coefficients_are_learned_over_the_vectors_of_the_start(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     at, used = setting(), []

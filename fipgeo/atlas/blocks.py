@@ -94,7 +94,7 @@ class Block(nn.Module):
     def compose_one(self, weights: Tensor, base: Tensor) -> Tensor:
         """The sum `[*shape]` for flat weights `[n K]`, plus the base: `compose` without detours where there are none.
 
-        Networks have hundreds of small tensors, whose sums take less time than a look at the buffers of a module.
+        Networks have hundreds of small tensors, on which the way to a sum takes as long as the sum.
         """
         rows = self._plain(weights.dtype)
         if rows is None or base.dtype != weights.dtype:

@@ -156,7 +156,7 @@ class Composition(nn.Module):
         return dict(zip(self.names, Compose.apply(flat, sums), strict=True))
 
     def _bases(self) -> list[Tensor]:
-        """The network's own tensors; a walk through all of its modules would take a tenth of a small composition."""
+        """The network's own tensors, without a walk through all of its modules."""
         return [owner._parameters[key].detach() for owner, key in self._owners]  # type: ignore[union-attr]
 
     def _used(self) -> dict[str, Tensor]:

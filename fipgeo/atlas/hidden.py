@@ -8,6 +8,7 @@ so are coefficients of task vectors, of which K is a function. Axis letters: n e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -213,11 +214,14 @@ def fit_hidden_(
 def _choose(coefficients: Tensor, starts: Sequence[float], log_evidence: Callable[[], Tensor]) -> None:
     """The coefficients as they are, or a common value of them, by the evidence."""
     candidates = [coefficients.clone(), *(torch.full_like(coefficients, float(value)) for value in starts)]
-    found = []
-    for candidate in candidates:
-        coefficients.copy_(candidate)
-        found.append(float(log_evidence()))
-    coefficients.copy_(candidates[max(range(len(found)), key=found.__getitem__)])
+    best, most = candidates[0], -math.inf
+    try:
+        for candidate in candidates:
+            coefficients.copy_(candidate)
+            if (found := float(log_evidence())) > most:
+                best, most = candidate, found
+    finally:
+        coefficients.copy_(best)
 
 
 class View(NamedTuple):

@@ -140,6 +140,18 @@ def test_of_several_starts_the_most_probable_is_taken() -> None:
     assert composition.coefficients.eq(best).all() and composition.coefficients.grad is None
     fitted = fit_hidden_(composition, data, starts=starts, steps=5)
     assert fitted.evidence > values[best]
+    calls: list[int] = []
+
+    def broken(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("out of memory")
+        return torch.ones(len(x), 1, dtype=torch.bool)
+
+    unlucky = Composition(model, vectors)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit_hidden_(unlucky, data, mask=broken, starts=(5.0, 6.0))
+    assert float(unlucky.coefficients.detach().unique()) in (0.0, 5.0)  # never one that was only being tried
     single = Composition(model, vectors)
     fit_hidden_(single, (data[0][:2], torch.arange(2)), starts=starts, steps=0)  # one of each tells nothing
     assert not single.coefficients.any()

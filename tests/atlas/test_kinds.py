@@ -9,6 +9,8 @@ from torch import nn
 from fipgeo import Composition, TaskVector
 from fipgeo.atlas import Isotropic, Partitions, PerBlock, PerChannel, PerLayer, partition
 
+from .test_composition import draw
+
 SIZES = {"a.weight": 6, "a.bias": 2, "b.weight": 1, "scale": 1}
 
 
@@ -53,10 +55,10 @@ def test_channels_are_slices_of_the_first_axis() -> None:
     kind, sizes = PerChannel.of(net), {name: p.numel() for name, p in net.named_parameters()}
     assert kind.labels(sizes) == [*(f"0.weight[{k}]" for k in range(3)), "0.bias", "1.weight", "1.bias"]
     assert [c.tolist() for c in kind.columns(sizes).values()] == [[0, 1, 2], [3], [4], [5]]
-    vectors = [TaskVector({n: torch.randn_like(p) for n, p in net.named_parameters()}) for _ in range(2)]
+    vectors = [TaskVector({n: draw(i, *p.shape) for n, p in net.named_parameters()}) for i in range(2)]
     model = Composition(net, vectors, kind)
     with torch.no_grad():
-        model.coefficients.copy_(torch.randn(2, 6))
+        model.coefficients.copy_(draw(2, 2, 6))
     along = sum(
         c[:3, None, None, None] * v.tensors["0.weight"] for c, v in zip(model.coefficients, vectors, strict=True)
     )

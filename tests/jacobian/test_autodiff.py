@@ -158,7 +158,7 @@ def test_a_checkpoint_is_refused_rather_than_wrong() -> None:
 
 
 @pytest.mark.parametrize("inputs_need_grad", [False, True])
-def test_a_reentrant_checkpoint_is_refused_though_torch_says_nothing(inputs_need_grad: bool) -> None:
+def test_a_reentrant_checkpoint_is_refused_though_torch_only_warns(inputs_need_grad: bool) -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
