@@ -132,22 +132,25 @@ def by_ascent(at: Setting, place: int, kept: Task, seed: int, *, steps: int = 12
     return chosen, name
 
 
-def by_forgetting(at: Setting, place: int, kept: Task, seed: int, *, ridge: float = 1e-2, steps: int = 30) -> Merged:
-    """From the tuned Iso-C negation, by steps in the metric; half of the control's validation examples judge the floor.
+def by_forgetting(at: Setting, place: int, kept: Task, seed: int) -> Merged:
+    """From the best of three tuned negations, by steps in the metric; half of the control's examples judge the floor.
 
-    The vectors are the target's as Iso-C makes it, and the others as they are. Which half judges is drawn for each
-    target, so that what one half says of them all is not the same chance.
+    The vectors are the target's as the best rule makes it, and the others as they are. Which half judges is drawn for
+    each target, so that what one half says of them all is not the same chance.
     """
-    target, turned = at.tasks[place], isotropise([at.vectors[place]])[0]
-    start, name = taken_back(at, place, kept, {"": turned})
+    target = at.tasks[place]
+    forms = {rule: trimmed(rule, at.vectors, place, seed)[""] for rule in ("isotropic", "TSV", "Iso-C")}
+    start, name = taken_back(at, place, kept, forms)
+    rule, _, scale = name.rpartition("scale ")
+    turned = forms[rule.strip() or "isotropic"]  # no rule where none helps
     rest = [vector for number, vector in enumerate(at.vectors) if number != place]
     model = Composition(at.base, [turned, *rest]).eval()
     with torch.no_grad():
-        model.coefficients[0] = -float(name.rpartition(" ")[2])
+        model.coefficients[0] = -float(scale)
     goals = target.goal(start, target.validation), Goal(kept.validation, forward_fn=kept.scores)
     draw = seed * len(at.tasks) + place
-    fit = forget_(model, *goals, floor=FLOOR, held_out=0.5, ridge=ridge, steps=steps, generator=draw)
-    return model.merge(), f"from Iso-C {name} ridge {ridge} {fit.steps} steps"
+    fit = forget_(model, *goals, floor=FLOOR, held_out=0.5, generator=draw)
+    return model.merge(), f"from {name} {fit.steps} steps"
 
 
 def _by_rule(rule: str) -> Callable[[Setting, int, Task, int], Merged]:

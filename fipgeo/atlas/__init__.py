@@ -2,6 +2,7 @@
 
 from fipgeo.atlas.composition import Composition
 from fipgeo.atlas.few_shot import CacheAdapter, FewShot, LinearProbe, class_means, few_shot_
+from fipgeo.atlas.forgetting import forget_
 from fipgeo.atlas.goals import Goal
 from fipgeo.atlas.hidden import HiddenClassifier, fit_hidden_
 from fipgeo.atlas.kinds import Isotropic, Kind, Partitions, PerBlock, PerChannel, PerLayer, partition
@@ -10,7 +11,7 @@ from fipgeo.atlas.recipes import dare, elect, lines, ties, trim
 from fipgeo.atlas.self_training import pseudo_labels, self_train_, trusted
 from fipgeo.atlas.solve import Fit, fit_
 from fipgeo.atlas.spectral import directions, isotropise, whiten
-from fipgeo.atlas.uses import choose_vectors, cosines, disentanglement_error, forget_
+from fipgeo.atlas.uses import choose_vectors, cosines, disentanglement_error
 
 __all__ = [
     "CacheAdapter",

@@ -125,12 +125,13 @@ def fit_(
     objective = Objective(model, terms, parts, ridge)
     if model.linear:
         return _solved(objective, steps, rtol, target)
-    return descend(objective, draws, steps=steps, reach=reach, rtol=rtol, target=target)
+    start = objective.near(model.coefficients.detach(), draws) if steps else None
+    return descend(objective, start, steps=steps, reach=reach, rtol=rtol, target=target)
 
 
 def descend(
     objective: Objective,
-    draws: torch.Generator,
+    start: Near | None,
     *,
     steps: int,
     reach: float = 0.2,
@@ -138,10 +139,13 @@ def descend(
     target: float = -math.inf,
     allowed: Callable[[Tensor], bool] | None = None,
 ) -> Fit:
-    """The steps of `fit_`; the first that leads to coefficients that are not allowed is cut, and is the last."""
+    """The steps of `fit_`; the first that leads to coefficients that are not allowed is cut, and is the last.
+
+    `start` is the objective near the coefficients; where it is None no step is made.
+    """
     model = objective.model
     c = model.coefficients.detach().clone()
-    descent = Descent(objective, c, reach, draws) if steps else None
+    descent = None if start is None else Descent(objective, c, reach, start)
     value = objective.value(c) if descent is None else descent.value
     losses, passes, little = [value], [objective.passes], 0
     least, outcome = rtol * abs(value), Outcome.MAX_ITERATIONS
@@ -189,6 +193,30 @@ def farthest(start: Tensor, end: Tensor, allowed: Callable[[Tensor], bool]) -> T
 
 
 @dataclass(frozen=True, eq=False)
+class Near:
+    """An objective near some coefficients; those of two objectives may be added, and multiplied by numbers above 0.
+
+    Attributes:
+        rows: Of a root of its metric, `[q, r]`, float64.
+        signs: Of their squares, `[q]`.
+        value: The objective.
+        slope: Its gradient, `[r]`, float64.
+    """
+
+    rows: Tensor
+    signs: Tensor
+    value: float
+    slope: Tensor
+
+    def __add__(self, other: Near) -> Near:
+        rows, signs = (torch.cat(pair) for pair in ((self.rows, other.rows), (self.signs, other.signs)))
+        return Near(rows, signs, self.value + other.value, self.slope + other.slope)
+
+    def __rmul__(self, weight: float) -> Near:
+        return Near(weight**0.5 * self.rows, self.signs, weight * self.value, weight * self.slope)
+
+
+@dataclass(frozen=True, eq=False)
 class Objective:
     """What is minimised, for a composition and examples of each goal."""
 
@@ -229,8 +257,8 @@ class Objective:
             slope = slope + found.flatten().double()
         return total, slope
 
-    def metric(self, c: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor, float, Tensor]:
-        """Rows `[q, r]`, the signs of their squares, value and slope; no example is gone through twice."""
+    def near(self, c: Tensor, draws: torch.Generator) -> Near:
+        """Its metric by some of the examples, value and slope by all; none is gone through twice."""
         rows, signs, rest = [], [], []
         value, slope = 0.0, torch.zeros_like(c.flatten(), dtype=torch.float64)
         for term, part in zip(self.terms, self.parts, strict=True):
@@ -246,7 +274,7 @@ class Objective:
                 rows.append(abs(weight) ** 0.5 * a[:, 1:].double().flatten(0, 1))
                 signs.append(torch.full_like(rows[-1][:, 0], math.copysign(1.0, weight)))
         others, along = self._pulled(c, rest)
-        return torch.cat(rows), torch.cat(signs), value + others, slope + along
+        return Near(torch.cat(rows), torch.cat(signs), value + others, slope + along)
 
 
 class Descent:
@@ -256,7 +284,7 @@ class Descent:
         objective: What is minimised.
         c: Where to begin, `[n, S]`.
         reach: As in `fit_`.
-        draws: For the metric's directions and examples.
+        start: The objective near c.
 
     Attributes:
         c: The best coefficients so far.
@@ -267,10 +295,10 @@ class Descent:
         verdict: What to say if no step ever helps.
     """
 
-    def __init__(self, objective: Objective, c: Tensor, reach: float, draws: torch.Generator) -> None:
+    def __init__(self, objective: Objective, c: Tensor, reach: float, start: Near) -> None:
         self.objective, self.c, self.radius, self.verdict = objective, c, reach, Outcome.STAGNATED
-        rows, signs, self.value, self.slope = objective.metric(c, draws)
-        self.curvature = Curvature.of(rows, signs, objective.ridge)
+        self.value, self.slope = start.value, start.slope
+        self.curvature = Curvature.of(start.rows, start.signs, objective.ridge)
 
     def step(self, least: float) -> float | None:
         """Try a step; how much it lowers the objective, 0 if it is taken back, None if the model expects too little."""
