@@ -94,9 +94,10 @@ def forget_(
         least, chosen, out = left(start), start, None
         for fit, c in _tried(model, goals, start, weights, held, ridge, steps, draws):
             right = left(c)
-            if out is None or right < least:
-                out = fit if right < least else replace(fit, outcome=Outcome.STAGNATED)
-                least, chosen = min((right, c), (least, chosen), key=lambda pair: pair[0])
+            if right < least:
+                least, chosen, out = right, c, fit
+            elif out is None:
+                out = replace(fit, outcome=Outcome.STAGNATED)
         end = chosen
     finally:
         with torch.no_grad():

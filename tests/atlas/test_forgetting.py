@@ -1,0 +1,189 @@
+"""Forgetting under a floor, against its definition and against single weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fipgeo import Composition, TaskVector
+from fipgeo.atlas import Goal, forget_
+from fipgeo.atlas.goals import Term
+from fipgeo.atlas.solve import Objective
+
+from .test_composition import bank, draw
+
+
+def quadrants(count: int = 200) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A linear classifier of the signs of two numbers, with its data."""
+    x = draw(0, count, 6)
+    labels = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
+    base = nn.Linear(6, 4).double()
+    with torch.no_grad():
+        base.weight.copy_(torch.linalg.lstsq(x, 2 * nn.functional.one_hot(labels).double() - 1).solution.T * 4)
+        base.bias.zero_()
+    return base, x, labels
+
+
+def random_vectors(count: int = 6) -> list[TaskVector]:
+    return [TaskVector({"weight": draw(i, 4, 6), "bias": draw(i + 9, 4)}) for i in range(count)]
+
+
+def test_a_target_is_forgotten_and_the_control_stays_above_its_floor() -> None:
+    base, x, labels = quadrants()
+    away = labels < 2
+    model = Composition(base, random_vectors())
+
+    def shares() -> list[float]:
+        right = (model(x).argmax(1) == labels).double()
+        return [float(right[part].mean()) for part in (away, ~away)]
+
+    before = shares()
+    loss = cross_entropy(model(x[away]), labels[away]).item()
+    judge = (x[~away], labels[~away])
+    fit = forget_(model, (x[away], labels[away]), judge, floor=0.9, held_out=judge, ridge=0.1)
+    after = shares()
+    assert after[1] >= 0.9 * before[1] and after[0] < before[0] and fit.steps >= 1
+    assert cross_entropy(model(x[away]), labels[away]).item() > loss
+    with pytest.raises(ValueError, match="floor: got 0"):
+        forget_(model, (x, labels), (x, labels), floor=0)
+    with pytest.raises(ValueError, match="held_out: got 1"):
+        forget_(model, (x, labels), (x, labels), held_out=1.0)
+    with pytest.raises(ValueError, match="control: its accuracy needs labels"):
+        forget_(model, (x, labels), x)
+    with pytest.raises(ValueError, match="expected a number between 0 and 1"):
+        forget_(model, (x, labels), (x, labels), confidence=1.0)
+    with pytest.raises(ValueError, match=r"confidence: got 0\.99, but of \d right predictions"):
+        forget_(model, (x, labels), (x, labels), held_out=(x[:9], labels[:9]), confidence=0.99)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**20), floor=st.floats(0.5, 0.95), confidence=st.sampled_from([None, 0.7]))
+def test_the_floor_is_judged_on_data_that_nothing_is_learned_from(
+    seed: int, floor: float, confidence: float | None
+) -> None:
+    base, x, labels = quadrants()
+    away, model = labels < 2, Composition(base, random_vectors())
+    learned, judge = torch.randperm(int((~away).sum()), generator=torch.Generator().manual_seed(seed)).split(60)[:2]
+    control = (x[~away], labels[~away])
+    parts = [tuple(part[index] for part in control) for index in (learned, judge)]
+    with torch.no_grad():
+        model.coefficients.copy_(draw(seed, 6, 2))
+        before = base(parts[1][0]).argmax(1) == parts[1][1]
+    goals = (x[away], labels[away]), parts[0]
+    forget_(model, *goals, floor=floor, held_out=parts[1], confidence=confidence, steps=5, ridge=0.1)
+    with torch.no_grad():
+        after = model(parts[1][0]).argmax(1) == parts[1][1]
+    if confidence is None:
+        assert int(after.sum()) >= floor * int(before.sum())
+    else:  # no larger share of losses than allowed would show so few of them by a chance of 1 - confidence
+        lost, right = int((before & ~after).sum()), int(before.sum())
+        assert binom.cdf(lost, right, 1 - floor) <= 1 - confidence + 1e-9
+
+
+def test_what_is_set_apart_depends_on_the_generator_alone_and_leaves_no_mark_on_the_steps() -> None:
+    base, x, labels = quadrants()
+    away, seen = labels < 2, []
+
+    def forward(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            seen.append(batch[0])
+        return net(batch[0])
+
+    found = []
+    for seed in (1, 1, 2):
+        model, control = Composition(base, random_vectors()), Goal((x[~away], labels[~away]), forward_fn=forward)
+        seen.clear()
+        forget_(model, (x[away], labels[away]), control, held_out=0.25, steps=3, generator=seed)
+        found.append((model.coefficients.detach(), {tuple(row) for part in seen for row in part.tolist()}))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1] != found[2][1]
+    assert len(found[0][1]) == int((~away).sum()) - round(0.25 * int((~away).sum()))
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**20))
+def test_of_several_weights_the_end_that_leaves_least_is_taken(seed: int) -> None:
+    base, x, labels = quadrants()
+    away, start = labels < 2, 0.3 * draw(seed, 6, 2)
+    target, control = (x[away], labels[away]), (x[~away], labels[~away])
+
+    def run(*weights: float) -> tuple[int, torch.Tensor]:
+        model = Composition(base, random_vectors())
+        with torch.no_grad():
+            model.coefficients.copy_(start)
+        fit = forget_(model, target, control, weights=weights, steps=4, generator=seed)
+        assert fit.losses[0] >= fit.losses[-1]
+        with torch.no_grad():
+            return int((model(target[0]).argmax(1) == target[1]).sum()), model.coefficients.detach()
+
+    alone = [run(weight) for weight in (20.0, 3.0, 0.5)]
+    left, c = run(20.0, 3.0, 0.5)
+    assert left == min(number for number, _ in alone)
+    torch.testing.assert_close(c, next(end for number, end in alone if number == left))
+
+
+def test_nothing_is_changed_where_no_weight_leaves_less() -> None:
+    base, x, labels = quadrants()
+    model, wrong = Composition(base, random_vectors()), (labels + 1) % 4
+    with torch.no_grad():
+        lost = base(x).argmax(1) != wrong
+    fit = forget_(model, (x[lost], wrong[lost]), (x, labels), steps=3)  # nothing of the target is right to begin with
+    assert not bool(model.coefficients.any()) and not fit.ok
+
+
+def test_what_cannot_be_forgotten_is_said_and_coefficients_stay() -> None:
+    base, x, labels = quadrants()
+    model = Composition(base, random_vectors())
+    with torch.no_grad():
+        model.coefficients.copy_(5 * draw(1, 6, 2))
+    before = model.coefficients.detach().clone()
+    for weights in ((), (1.0, 0.0)):
+        with pytest.raises(ValueError, match=r"weights: got \("):
+            forget_(model, (x, labels), (x, labels), weights=weights)
+    with pytest.raises(ValueError, match="target: its accuracy needs labels"):
+        forget_(model, x, (x, labels))
+
+    def forward(net: nn.Module, batch: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("no gradients here")
+        return net(batch[0])
+
+    with pytest.raises(RuntimeError, match="no gradients"):
+        forget_(model, Goal((x, labels), forward_fn=forward), (x, labels), steps=2)
+    assert torch.equal(model.coefficients.detach(), before)
+
+
+def test_a_linear_composition_forgets_with_a_ridge() -> None:
+    base, x, labels = quadrants()
+    away, model = labels < 2, Composition(base, random_vectors(), linear=True)
+    goals = (x[away], labels[away]), (x[~away], labels[~away])
+    with pytest.raises(ValueError, match=r"ridge: got 0\.0 for a linear composition"):
+        forget_(model, *goals)
+    with torch.no_grad():
+        before = [(base(part).argmax(1) == y).double().mean() for part, y in goals]
+    forget_(model, *goals, held_out=goals[1], floor=0.9, ridge=0.1)
+    with torch.no_grad():
+        after = [(model(part).argmax(1) == y).double().mean() for part, y in goals]
+    assert after[0] < before[0] and after[1] >= 0.9 * before[1]
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**20), weight=st.floats(0.1, 20))
+def test_what_is_near_two_goals_is_the_sum_of_what_is_near_each(seed: int, weight: float) -> None:
+    base, vectors, x = bank("mixed", seed, 2)
+    model = Composition(base, vectors)
+    y = torch.arange(len(x)) % model(x).shape[-1]
+    c = 0.2 * draw(seed, *model.coefficients.shape)
+    goals = [Goal((x, y), weight=-1.0), Goal((x, y.flip(0)))]
+    draws, one, two = torch.Generator().manual_seed(0), *(Term.of(model, goal) for goal in goals)
+    found = Objective(model, [one], [one.batches], 0.3).near(c, draws)
+    found = found + weight * Objective(model, [two], [two.batches], 0.0).near(c, draws)
+    two = Term.of(model, Goal((x, y.flip(0)), weight=weight))
+    both = Objective(model, [one, two], [one.batches, two.batches], 0.3).near(c, draws.manual_seed(0))
+    for name in ("rows", "signs", "slope"):
+        torch.testing.assert_close(getattr(found, name), getattr(both, name))
+    assert found.value == pytest.approx(both.value)
