@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from scipy.integrate import quad
+from scipy.stats import norm
 from torch import Tensor
 
 from fipgeo.atlas.composition import Composition
@@ -31,7 +33,7 @@ def forget_(
     floor: float = 0.95,
     held_out: Any = 0.25,
     confidence: float | None = None,
-    weights: Sequence[float] = (16.0, 4.0, 1.0),
+    weights: Sequence[float] = (16.0, 4.0),
     ridge: float = 0.0,
     steps: int = 15,
     generator: Generator = None,
@@ -41,8 +43,9 @@ def forget_(
     The loss is a weight times the cross-entropy on the control, minus that on the target. After every step the accuracy
     on control data that are set apart is looked at; the first step that takes it below the floor goes only as far as it
     does not, and is the last. How much weight the control needs hangs on the network, so each of some weights is tried
-    from the same start, and that end is taken at which least of the target data are right. Those set apart decide
-    nothing but the floor, so what they say of it is not what was fitted to them.
+    from the same start, and that end is taken at which least of the target data are right. Which of several ends looks
+    best depends on which of them the data set apart flatter: so much as the best of as many equal ones would be
+    flattered (`flattery`, in standard errors of the change) has to be left above the floor, or the confidence is split.
 
     Args:
         model: A composition of vectors that know the target. Coefficients that begin below the floor are first
@@ -53,7 +56,7 @@ def forget_(
         held_out: Labelled control data that judge the floor, or the share of `control` to set apart for it.
         confidence: That the floor holds where the held-out data come from: an exact upper bound on the share of right
             predictions that are lost must leave it, and what is newly right does not count. None asks only for the
-            share of the accuracy on these data. It is that of one look; a few looks make it a little less.
+            share of the accuracy on these data. A few looks on a way make it a little less.
         weights: Of the control's loss, each above 0; the start of all is one metric of each of the two.
         ridge: Weight of |c|^2 / 2. The loss has no minimum without it, which a linear composition needs; for others
             the floor and the number of steps are bound enough.
@@ -75,14 +78,14 @@ def forget_(
     if not 0 < floor <= 1:
         raise ValueError(f"floor: got {floor}, expected a share of the control accuracy in (0, 1]")
     if not weights or not min(weights) > 0:
-        raise ValueError(f"weights: got {weights!r}, expected one or more numbers above 0, such as (16, 4, 1)")
+        raise ValueError(f"weights: got {weights!r}, expected one or more numbers above 0, such as (16, 4)")
     if model.linear and not ridge > 0:
         raise ValueError(f"ridge: got {ridge} for a linear composition, whose loss has no minimum; pass ridge=0.01")
     draws = as_generator(generator)
     away, kept = (data if isinstance(data, Goal) else Goal(data) for data in (target, control))
     kept, judge = _apart(kept, held_out, draws)
     goals = replace(away, weight=-abs(away.weight)), kept
-    held = Floor.of(model, judge, floor, confidence)
+    held = Floor.of(model, judge, floor, confidence, len(weights))
     before = model.coefficients.detach().clone()
     start = before if held(before) else farthest(torch.zeros_like(before), before, held)
     seen, end = Term.of(model, goals[0]), before
@@ -147,6 +150,7 @@ class Floor:
         least: Share of the accuracy at c = 0 that must be left.
         confidence: Of that, or None.
         right: Whether each example is right at c = 0.
+        choices: Among how many ends one will be chosen.
     """
 
     expander: Expander
@@ -154,9 +158,10 @@ class Floor:
     least: float
     confidence: float | None
     right: Tensor
+    choices: int = 1
 
     @classmethod
-    def of(cls, model: Composition, judge: Goal, least: float, confidence: float | None) -> Floor:
+    def of(cls, model: Composition, judge: Goal, least: float, confidence: float | None, choices: int = 1) -> Floor:
         """That of the network at c = 0.
 
         Raises:
@@ -164,7 +169,7 @@ class Floor:
         """
         expander, batches = Expander(model, judge.forward_fn, judge.output_fn), as_batches(judge.data, None, "held_out")
         right = _right(expander, torch.zeros_like(model.coefficients.detach()), batches)
-        out = cls(expander, batches, least, confidence, right)
+        out = cls(expander, batches, least, confidence, right, choices)
         if not out.kept(right):
             raise ValueError(
                 f"confidence: got {confidence}, but of {int(right.sum())} right predictions on held-out data, even if"
@@ -177,13 +182,28 @@ class Floor:
         return self.kept(_right(self.expander, c, self.judge))
 
     def kept(self, right: Tensor) -> bool:
-        """Whether predictions do, of which so many are right."""
+        """Whether predictions do, of which these are right."""
         if self.confidence is None:
-            return int(right.sum()) >= self.least * int(self.right.sum())
+            change = right.double() - self.right.double()
+            error = float(change.std(correction=0)) * len(change) ** 0.5
+            return float(right.sum()) - flattery(self.choices) * error >= self.least * int(self.right.sum())
         if not bool(self.right.any()):
             return False
-        lost = changed_upper_bound(int((self.right & ~right).sum()), int(self.right.sum()), self.confidence)
+        confidence = 1 - (1 - self.confidence) / self.choices
+        lost = changed_upper_bound(int((self.right & ~right).sum()), int(self.right.sum()), confidence)
         return 1 - lost >= self.least
+
+
+def flattery(choices: int) -> float:
+    """The mean of the largest of so many independent standard normal numbers.
+
+    By so many standard errors the best of as many equal candidates looks better than it is.
+
+    Examples:
+        >>> [round(flattery(n), 3) for n in (1, 2, 3)]
+        [0.0, 0.564, 0.846]
+    """
+    return quad(lambda x: choices * x * norm.pdf(x) * norm.cdf(x) ** (choices - 1), -10.0, 10.0)[0]
 
 
 def _apart(control: Goal, held_out: Any, draws: torch.Generator) -> tuple[Goal, Goal]:

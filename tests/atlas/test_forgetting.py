@@ -62,7 +62,7 @@ def test_a_target_is_forgotten_and_the_control_stays_above_its_floor() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**20), floor=st.floats(0.5, 0.95), confidence=st.sampled_from([None, 0.7]))
+@given(seed=st.integers(0, 2**20), floor=st.floats(0.5, 0.94), confidence=st.sampled_from([None, 0.7]))
 def test_the_floor_is_judged_on_data_that_nothing_is_learned_from(
     seed: int, floor: float, confidence: float | None
 ) -> None:
@@ -120,7 +120,7 @@ def test_of_several_weights_the_end_that_leaves_least_is_taken(seed: int) -> Non
         with torch.no_grad():
             return int((model(target[0]).argmax(1) == target[1]).sum()), model.coefficients.detach()
 
-    alone = [run(weight) for weight in (20.0, 3.0, 0.5)]
+    alone = [run(weight, weight, weight) for weight in (20.0, 3.0, 0.5)]  # as much above the floor as for three
     left, c = run(20.0, 3.0, 0.5)
     assert left == min(number for number, _ in alone)
     torch.testing.assert_close(c, next(end for number, end in alone if number == left))
