@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
-from scipy.integrate import quad
-from scipy.stats import norm
 from torch import Tensor
 
 from fipgeo.atlas.composition import Composition
@@ -194,6 +193,7 @@ class Floor:
         return 1 - lost >= self.least
 
 
+@cache
 def flattery(choices: int) -> float:
     """The mean of the largest of so many independent standard normal numbers.
 
@@ -203,6 +203,9 @@ def flattery(choices: int) -> float:
         >>> [round(flattery(n), 3) for n in (1, 2, 3)]
         [0.0, 0.564, 0.846]
     """
+    from scipy.integrate import quad
+    from scipy.stats import norm
+
     return quad(lambda x: choices * x * norm.pdf(x) * norm.cdf(x) ** (choices - 1), -10.0, 10.0)[0]
 
 
