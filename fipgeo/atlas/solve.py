@@ -194,7 +194,7 @@ def farthest(start: Tensor, end: Tensor, allowed: Callable[[Tensor], bool]) -> T
 
 @dataclass(frozen=True, eq=False)
 class Near:
-    """An objective near some coefficients; those of two objectives may be added, and multiplied by numbers above 0.
+    """An objective near some coefficients.
 
     Attributes:
         rows: Of a root of its metric, `[q, r]`, float64.
@@ -207,13 +207,6 @@ class Near:
     signs: Tensor
     value: float
     slope: Tensor
-
-    def __add__(self, other: Near) -> Near:
-        rows, signs = (torch.cat(pair) for pair in ((self.rows, other.rows), (self.signs, other.signs)))
-        return Near(rows, signs, self.value + other.value, self.slope + other.slope)
-
-    def __rmul__(self, weight: float) -> Near:
-        return Near(weight**0.5 * self.rows, self.signs, weight * self.value, weight * self.slope)
 
 
 @dataclass(frozen=True, eq=False)
