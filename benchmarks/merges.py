@@ -21,7 +21,7 @@ from fipgeo import Composition, TaskVector
 from fipgeo.atlas import Goal, dare, isotropise, lines, ties, trim, whiten
 
 SCALES = (0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Scales of a vector that is added, in order."""
+"""Scales of a vector that is added or taken back, in order."""
 SHORT = 10
 """Classes among which cross-entropy is taken where coefficients are solved for."""
 

@@ -4,6 +4,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from benchmarks.banks import SHARPNESS, cosine
 from benchmarks.merges import Setting, Task
 from benchmarks.students import Lesson, Student
 from fipgeo import TaskVector
-from fipgeo.atlas import CacheAdapter, LinearProbe, isotropise, whiten
+from fipgeo.atlas import CacheAdapter, LinearProbe, forget_, isotropise, whiten
 
 
 def images(seed: int, count: int) -> tuple[Tensor, Tensor]:
@@ -139,6 +140,26 @@ def test_what_forgets_keeps_the_floor_on_validation(name: str) -> None:
     assert name == "fipgeo" or control.accuracy(net, control.validation) >= floor  # ours is told on images set apart
     left, start = (at.tasks[0].accuracy(n, at.tasks[0].validation) for n in (net, at.base))
     assert left <= start
+
+
+@pytest.mark.parametrize("rule", ["isotropic", "TSV", "Iso-C", ""])
+def test_forgetting_starts_at_the_rule_that_left_least(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, seen = setting(), []
+    chosen = f"{rule} scale {0.4 if rule else 0}".strip()
+    monkeypatch.setattr(learned, "taken_back", lambda at, place, kept, forms: (at.base, chosen))
+
+    def forget(model: Any, *goals: Any, **options: Any) -> Any:
+        seen.append((model.coefficients.detach(), model.merge()))
+        return forget_(model, *goals, **options | {"steps": 0})
+
+    monkeypatch.setattr(learned, "forget_", forget)
+    learned.by_forgetting(at, 1, at.tasks[0], 0)
+    coefficients, start = seen[0]
+    assert bool(coefficients[0].eq(-0.4 if rule else 0.0).all()) and not bool(coefficients[1:].any())
+    forms = {"isotropic": at.vectors[1], "TSV": whiten(at.vectors)[1], "Iso-C": isotropise([at.vectors[1]])[0]}
+    expected = forms[rule].apply_to(at.base, -0.4) if rule else at.base
+    for one, other in zip(start.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_vector_is_taken_back_as_far_as_the_floor_allows() -> None:

@@ -50,10 +50,10 @@ def forget_(
         confidence: That the floor holds where the held-out data come from: an exact upper bound on the share of right
             predictions that are lost must leave it, and what is newly right does not count. None asks only for the
             share of the accuracy on these data. It is that of one look; a few looks make it a little less.
-        weight: Of the control's loss. More of it goes on for longer within the floor, and less of it goes there
-            straight: with 1, the published one, a first step often meets the floor.
-        ridge: Weight of |c|^2 / 2. The loss has no minimum without it, which a linear composition needs; for others
-            the floor and the number of steps are bound enough.
+        weight: Of the control's loss beside that of the target. The published one is 1, with which a first step may
+            meet the floor and be the last.
+        ridge: Weight of |c|^2 / 2. A linear composition is solved for the minimum, and without a ridge there is none;
+            others end at the floor or after so many steps.
         steps: Most steps, as in `fit_`.
         generator: Draws what is set apart and the directions of the metric.
 
@@ -79,34 +79,29 @@ def forget_(
     kept, judge = _apart(kept, held_out, draws)
     goals = [replace(away, weight=-abs(away.weight)), replace(kept, weight=weight * kept.weight)]
     held = Floor.of(model, judge, floor, confidence)
+    terms = [Term.of(model, goal) for goal in goals]
     before = model.coefficients.detach().clone()
     start = before if held(before) else farthest(torch.zeros_like(before), before, held)
-    seen, end = Term.of(model, goals[0]), before
-    left = int(_right(seen.expander, start, seen.batches, "target").sum())
+    end, left = before, _right(terms[0].expander, start, terms[0].batches, "target").sum()
     try:
         with torch.no_grad():
             model.coefficients.copy_(start)
-        fit = _fitted(model, goals, held, ridge, steps, draws)
-        c = model.coefficients.detach().clone()
-        end = c if held(c) else farthest(start, c, held)
-        if int(_right(seen.expander, end, seen.batches).sum()) >= left:
+        if model.linear:
+            fit = fit_(model, goals, ridge=ridge, steps=steps)
+            solution = model.coefficients.detach().clone()
+            found = solution if held(solution) else farthest(start, solution, held)
+        else:
+            objective = Objective(model, terms, [term.batches for term in terms], ridge)
+            fit = descend(objective, draws, steps=steps, allowed=held)
+            found = model.coefficients.detach().clone()
+        if _right(terms[0].expander, found, terms[0].batches, "target").sum() < left:
+            end = found
+        else:
             fit, end = replace(fit, outcome=Outcome.STAGNATED), start
     finally:
         with torch.no_grad():
             model.coefficients.copy_(end)
     return fit
-
-
-def _fitted(
-    model: Composition, goals: list[Goal], held: Floor, ridge: float, steps: int, draws: torch.Generator
-) -> Fit:
-    """Steps under the floor; the solution, wherever it is, of a linear composition."""
-    if model.linear:
-        return fit_(model, goals, ridge=ridge, steps=steps)
-    terms = [Term.of(model, goal) for goal in goals]
-    objective = Objective(model, terms, [term.batches for term in terms], ridge)
-    near = objective.near(model.coefficients.detach(), draws) if steps else None
-    return descend(objective, near, steps=steps, allowed=held)
 
 
 @dataclass(frozen=True, eq=False)

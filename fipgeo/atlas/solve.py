@@ -125,13 +125,12 @@ def fit_(
     objective = Objective(model, terms, parts, ridge)
     if model.linear:
         return _solved(objective, steps, rtol, target)
-    start = objective.near(model.coefficients.detach(), draws) if steps else None
-    return descend(objective, start, steps=steps, reach=reach, rtol=rtol, target=target)
+    return descend(objective, draws, steps=steps, reach=reach, rtol=rtol, target=target)
 
 
 def descend(
     objective: Objective,
-    start: Near | None,
+    draws: torch.Generator,
     *,
     steps: int,
     reach: float = 0.2,
@@ -139,13 +138,10 @@ def descend(
     target: float = -math.inf,
     allowed: Callable[[Tensor], bool] | None = None,
 ) -> Fit:
-    """The steps of `fit_`; the first that leads to coefficients that are not allowed is cut, and is the last.
-
-    `start` is the objective near the coefficients; where it is None no step is made.
-    """
+    """The steps of `fit_`; the first that leads to coefficients that are not allowed is cut, and is the last."""
     model = objective.model
     c = model.coefficients.detach().clone()
-    descent = None if start is None else Descent(objective, c, reach, start)
+    descent = Descent(objective, c, reach, draws) if steps else None
     value = objective.value(c) if descent is None else descent.value
     losses, passes, little = [value], [objective.passes], 0
     least, outcome = rtol * abs(value), Outcome.MAX_ITERATIONS
@@ -193,23 +189,6 @@ def farthest(start: Tensor, end: Tensor, allowed: Callable[[Tensor], bool]) -> T
 
 
 @dataclass(frozen=True, eq=False)
-class Near:
-    """An objective near some coefficients.
-
-    Attributes:
-        rows: Of a root of its metric, `[q, r]`, float64.
-        signs: Of their squares, `[q]`.
-        value: The objective.
-        slope: Its gradient, `[r]`, float64.
-    """
-
-    rows: Tensor
-    signs: Tensor
-    value: float
-    slope: Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class Objective:
     """What is minimised, for a composition and examples of each goal."""
 
@@ -250,8 +229,8 @@ class Objective:
             slope = slope + found.flatten().double()
         return total, slope
 
-    def near(self, c: Tensor, draws: torch.Generator) -> Near:
-        """Its metric by some of the examples, value and slope by all; none is gone through twice."""
+    def metric(self, c: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor, float, Tensor]:
+        """Rows `[q, r]`, the signs of their squares, value and slope; no example is gone through twice."""
         rows, signs, rest = [], [], []
         value, slope = 0.0, torch.zeros_like(c.flatten(), dtype=torch.float64)
         for term, part in zip(self.terms, self.parts, strict=True):
@@ -267,7 +246,7 @@ class Objective:
                 rows.append(abs(weight) ** 0.5 * a[:, 1:].double().flatten(0, 1))
                 signs.append(torch.full_like(rows[-1][:, 0], math.copysign(1.0, weight)))
         others, along = self._pulled(c, rest)
-        return Near(torch.cat(rows), torch.cat(signs), value + others, slope + along)
+        return torch.cat(rows), torch.cat(signs), value + others, slope + along
 
 
 class Descent:
@@ -277,7 +256,7 @@ class Descent:
         objective: What is minimised.
         c: Where to begin, `[n, S]`.
         reach: As in `fit_`.
-        start: The objective near c.
+        draws: For the metric's directions and examples.
 
     Attributes:
         c: The best coefficients so far.
@@ -288,10 +267,10 @@ class Descent:
         verdict: What to say if no step ever helps.
     """
 
-    def __init__(self, objective: Objective, c: Tensor, reach: float, start: Near) -> None:
+    def __init__(self, objective: Objective, c: Tensor, reach: float, draws: torch.Generator) -> None:
         self.objective, self.c, self.radius, self.verdict = objective, c, reach, Outcome.STAGNATED
-        self.value, self.slope = start.value, start.slope
-        self.curvature = Curvature.of(start.rows, start.signs, objective.ridge)
+        rows, signs, self.value, self.slope = objective.metric(c, draws)
+        self.curvature = Curvature.of(rows, signs, objective.ridge)
 
     def step(self, least: float) -> float | None:
         """Try a step; how much it lowers the objective, 0 if it is taken back, None if the model expects too little."""

@@ -102,6 +102,24 @@ def test_what_is_set_apart_depends_on_the_generator_alone_and_leaves_no_mark_on_
     assert len(found[0][1]) == int((~away).sum()) - round(0.25 * int((~away).sum()))
 
 
+def test_the_weight_of_the_control_and_the_ridge_are_in_what_is_minimised() -> None:
+    """Where a floor of almost nothing stops no step."""
+    base, x, labels = quadrants()
+    away, ends = labels < 2, {}
+    goals = (x[away], labels[away]), (x[~away], labels[~away])
+    for weight, ridge in ((0.5, 0.1), (50.0, 0.1), (0.5, 10.0)):
+        model = Composition(base, random_vectors())
+        options = {"floor": 1e-3, "held_out": goals[1], "steps": 60, "weight": weight, "ridge": ridge}
+        fit = forget_(model, *goals, generator=0, **options)
+        losses = [cross_entropy(model(part), y).item() for part, y in goals]
+        c = model.coefficients.detach()
+        expected = weight * losses[1] - losses[0] + ridge / 2 * float(c.square().sum())
+        assert fit.losses[-1] == pytest.approx(expected) and fit.losses[0] > fit.losses[-1]
+        ends[weight, ridge] = losses[1], float(c.norm())
+    assert ends[50.0, 0.1][0] < ends[0.5, 0.1][0]
+    assert ends[0.5, 10.0][1] < ends[0.5, 0.1][1]
+
+
 def test_nothing_is_changed_where_no_less_is_left() -> None:
     base, x, labels = quadrants()
     model, wrong = Composition(base, random_vectors()), (labels + 1) % 4

@@ -14,7 +14,7 @@ from fipgeo.atlas import Goal, Isotropic, Kind, Partitions, PerBlock, PerLayer, 
 from fipgeo.atlas.expansion import Expander
 from fipgeo.atlas.goals import Term
 from fipgeo.atlas.proximal import Problem
-from fipgeo.atlas.solve import Descent, Near, Objective, farthest
+from fipgeo.atlas.solve import Descent, Objective, farthest
 from fipgeo.data import ListBatches, TensorBatches, as_batches
 from fipgeo.linalg import Outcome
 
@@ -106,9 +106,9 @@ def test_the_objective_has_the_slope_of_autograd_by_both_ways(kind: str, most: i
     c = model.coefficients.detach()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fipgeo.atlas.solve.METRIC", most)
-        first = objective.near(c, torch.Generator())
-    assert len(first.rows) == 4 * min(most, len(x))  # two directions of two goals
-    for value, found in (objective.slope(c), (first.value, first.slope)):
+        first = objective.metric(c, torch.Generator())
+    assert len(first[0]) == 4 * min(most, len(x))  # two directions of two goals
+    for value, found in (objective.slope(c), first[2:]):
         assert math.isclose(value, loss.item(), rel_tol=1e-9)
         torch.testing.assert_close(found, slope.flatten(), rtol=1e-7, atol=1e-9)
 
@@ -121,24 +121,23 @@ def test_the_mean_of_the_first_metrics_is_the_pulled_back_one(monkeypatch: pytes
     objective = Objective(model, [term], [term.batches], 0.0)
     pulled = metric(base, [x], geometry="categorical").pullback(model.operator()).operator.to_dense()
     monkeypatch.setattr("fipgeo.atlas.solve.DIRECTIONS", 600)
-    near = objective.near(model.coefficients.detach(), torch.Generator().manual_seed(0))
-    rows, signs = near.rows, near.signs
+    rows, signs, _, _ = objective.metric(model.coefficients.detach(), torch.Generator().manual_seed(0))
     assert bool(signs.eq(-1).all())
     torch.testing.assert_close(rows.T @ rows, 2 * pulled, rtol=0.1, atol=0.05 * float(2 * pulled.diagonal().max()))
     monkeypatch.setattr("fipgeo.atlas.solve.METRIC", 3)
     alike = Objective(model, [term], [TensorBatches((x[:1].expand(9, -1), y[:1].expand(9)))], 0.0)
-    rows = alike.near(model.coefficients.detach(), torch.Generator().manual_seed(0)).rows
+    rows, _, _, _ = alike.metric(model.coefficients.detach(), torch.Generator().manual_seed(0))
     pulled = metric(base, [x[:1]], geometry="categorical").pullback(model.operator()).operator.to_dense()
     torch.testing.assert_close(rows.T @ rows, 2 * pulled, rtol=0.1, atol=0.05 * float(2 * pulled.diagonal().max()))
     monkeypatch.setattr("fipgeo.atlas.solve.DIRECTIONS", 1)
-    near = objective.near(model.coefficients.detach(), torch.Generator().manual_seed(0))
-    assert len(near.rows) == 3 and bool(near.rows.any())
+    rows, _, value, slope = objective.metric(model.coefficients.detach(), torch.Generator().manual_seed(0))
+    assert len(rows) == 3 and bool(rows.any())
     cut = ListBatches([(x[:2], y[:2]), (x[2:], y[2:])])  # whole batches are told apart, not their examples
     for parts in (cut, ListBatches([(x, y)])):
         again = Objective(model, [term], [parts], 0.0)
-        same = again.near(model.coefficients.detach(), torch.Generator().manual_seed(0))
-        assert same.value == pytest.approx(near.value)
-        torch.testing.assert_close(same.slope, near.slope)
+        _, _, same, along = again.metric(model.coefficients.detach(), torch.Generator().manual_seed(0))
+        assert same == pytest.approx(value)
+        torch.testing.assert_close(along, slope)
 
 
 def test_what_steps_cost_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +164,8 @@ class Bowl:
     def slope(self, c: Tensor) -> tuple[float, Tensor]:
         return float(self.start @ c + self.h / 2 * c @ c), self.start + self.h * c
 
-    def near(self) -> Near:
-        return Near(torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), 0.0, self.start)
+    def metric(self, c: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor, float, Tensor]:
+        return torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), *self.slope(c)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,7 @@ class Bowl:
 )
 def test_the_region_follows_what_steps_turn_out_to_be(h: float, reach: float, after: float) -> None:
     """As long as expected and at the rim: doubled; no fall: a quarter of the step; little fall: half of it."""
-    descent = Descent(Bowl(h), torch.zeros(2, dtype=torch.float64), reach, Bowl(h).near())  # type: ignore[arg-type]
+    descent = Descent(Bowl(h), torch.zeros(2, dtype=torch.float64), reach, torch.Generator())  # type: ignore[arg-type]
     gain = descent.step(0.0)
     assert descent.radius == pytest.approx(after, rel=1e-2) and gain is not None and (gain > 0) == (h < 2)
 
@@ -182,7 +181,7 @@ def test_the_region_follows_what_steps_turn_out_to_be(h: float, reach: float, af
 def test_the_curvature_learns_from_every_gradient() -> None:
     """Along the step it is that of the objective afterwards, also where the step is taken back."""
     for h in (0.5, 3.0):
-        descent = Descent(Bowl(h), torch.zeros(2, dtype=torch.float64), 5.0, Bowl(h).near())  # type: ignore[arg-type]
+        descent = Descent(Bowl(h), torch.zeros(2, dtype=torch.float64), 5.0, torch.Generator())  # type: ignore[arg-type]
         d = descent.curvature.step(descent.slope, descent.radius)
         descent.step(0.0)
         torch.testing.assert_close(descent.curvature(d), h * d)
