@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fipgeo import Composition, TaskVector
-from fipgeo.atlas import Goal, forget_
+from fipgeo.atlas import Goal, fit_, forget_
+from fipgeo.linalg import Outcome
 
 from .test_composition import draw
 
@@ -126,7 +127,9 @@ def test_nothing_is_changed_where_no_less_is_left() -> None:
     with torch.no_grad():
         lost = base(x).argmax(1) != wrong
     fit = forget_(model, (x[lost], wrong[lost]), (x, labels), steps=3)  # nothing of the target is right to begin with
-    assert not bool(model.coefficients.any()) and not fit.ok
+    assert not bool(model.coefficients.any()) and fit.outcome is Outcome.STAGNATED
+    fit = forget_(model, (x, labels), (x, labels), steps=0)  # as much as before
+    assert fit.outcome is Outcome.STAGNATED
 
 
 def test_what_cannot_be_forgotten_is_said_and_coefficients_stay() -> None:
@@ -158,7 +161,16 @@ def test_a_linear_composition_forgets_with_a_ridge() -> None:
         forget_(model, *goals)
     with torch.no_grad():
         before = [(base(part).argmax(1) == y).double().mean() for part, y in goals]
-    forget_(model, *goals, held_out=goals[1], floor=0.9, ridge=0.1)
+    goal = [Goal(goals[0], weight=-1.0), Goal(goals[1], weight=0.5)]
+    solution = Composition(base, random_vectors(), linear=True)
+    fit_(solution, goal, ridge=0.03)
+    with torch.no_grad():
+        broken = (solution(x[~away]).argmax(1) == labels[~away]).double().mean()
+    assert broken < 0.9 * before[1]  # the minimum is below the floor
+    forget_(model, *goals, held_out=goals[1], floor=0.9, weight=0.5, ridge=0.03)
     with torch.no_grad():
         after = [(model(part).argmax(1) == y).double().mean() for part, y in goals]
     assert after[0] < before[0] and after[1] >= 0.9 * before[1]
+    free = Composition(base, random_vectors(), linear=True)
+    forget_(free, *goals, held_out=goals[1], floor=1e-3, weight=0.5, ridge=0.03)
+    torch.testing.assert_close(free.coefficients, solution.coefficients)
