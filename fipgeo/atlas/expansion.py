@@ -18,6 +18,7 @@ from fipgeo.atlas.composition import Composition
 from fipgeo.data import TensorBatches, as_batches
 from fipgeo.jacobian import EmbeddedOutputs
 from fipgeo.jacobian.factored.capture import Recorder, Site, Term
+from fipgeo.jacobian.factored.plan import slow_index
 from fipgeo.jacobian.rows import RowMaker, as_tree
 from fipgeo.model import ForwardFn, OutputFn, OutputMap
 from fipgeo.outputs import Euclidean
@@ -30,6 +31,8 @@ TOGETHER = 16
 """Outputs whose derivatives are held at once."""
 BYTES = 2**28
 """Memory for them, about."""
+TRAILS = {"embedding": 0}
+"""Last axes of an activation that belong to one position, where they are not as many as those of a site's output."""
 
 
 class Expander:
@@ -62,6 +65,7 @@ class Expander:
         self._linear = Expansion(self.map)
         self._by_rows: set[str] | None = None  # known after the first batch
         self._copies: frozenset[int] = frozenset()
+        self._majors: list[bool] = []  # of sites that go by layers: whether examples are the slow index there
         self._step = 0
 
     def outputs(self, c: Tensor, batch: Any) -> Tensor:
@@ -122,16 +126,21 @@ class Expander:
     def _look(self, weights: dict[str, Tensor], c: Tensor, batch: Any) -> None:
         """Find out on a few examples which tensors go by the layers, and check that against plain autograd."""
         divided = {n for n, block in zip(self.model.names, self.model._blocks(), strict=True) if block.size[1] > 1}
-        few = head(batch, 3)
+        few, probes = head(batch, 3), list[Tensor]()
         n = len(tensor_leaves(few)[0])
-        with Recorder({id(t): name for name, t in weights.items()}, n) as seen:
+        with torch.enable_grad(), Recorder({id(t): name for name, t in weights.items()}, n, probes) as seen:
             f = _one(self.map.call(weights, few))
         self._copies = seen.overwritten()
         size = sum(site.numel for site in seen.sites) // n * f.element_size() * min(TOGETHER, f[0].numel())
         self._step = max(1, BYTES // max(1, size))
-        found = {t.name for site in seen.sites for t in site.terms}
-        odd = {t.name for site in seen.sites for t in site.terms if site.shape[0] != n}
+        ends = [_pull(f, _of_example(f, place), probes) for place in (0, n - 1)] if probes else [[], []]
+        majors = [slow_index(site, *both, n) for site, *both in zip(seen.sites, *ends, strict=True)]
+        found, odd = {t.name for site in seen.sites for t in site.terms}, set()
+        for site, major in zip(seen.sites, majors, strict=True):
+            odd |= {t.name for t in site.terms if major is None or (t.kind == "conv" and site.shape[0] != n)}
         self._by_rows = divided | seen.outside | odd | (set(weights) - found)
+        apart = [{t.name for t in site.terms} <= self._by_rows for site in seen.sites]
+        self._majors = [bool(major) for major, rows in zip(majors, apart, strict=True) if not rows]
         try:
             gap = self._gap(weights, c, few)
         except RuntimeError as error:
@@ -139,7 +148,7 @@ class Expander:
             gap = float("inf")
         if not gap < 1e-3:
             log.info("all tensors go by rows: the derivative by layers is off by %.1e", gap)
-            self._by_rows = set(weights)
+            self._by_rows, self._majors = set(weights), []
 
     def _gap(self, weights: dict[str, Tensor], c: Tensor, batch: Any) -> float:
         """How far u^T A is from autograd's, relative, for one u."""
@@ -156,10 +165,11 @@ class Expander:
     ) -> tuple[Tensor, Tensor]:
         """Outputs and derivative of a few examples."""
         assert self._by_rows is not None
-        f, chosen, parts = self._by_layers(weights, batch, directions)
-        n, width = len(f), f[0].numel()
-        if self._by_rows:
-            rows = self._rows(weights, batch, n, width)
+        f, chosen, found = self._by_layers(weights, batch, directions)
+        names = set(weights) if found is None else self._by_rows
+        n, width, parts = len(f), f[0].numel(), found or {}
+        if names:
+            rows = self._rows(weights, batch, n, width, names)
             if chosen is not None:
                 along = chosen.flatten(2).transpose(0, 1).to(self.model.coefficients.dtype)  # [n, m, O]
                 rows = {name: torch.einsum("nmo,novk->nmvk", along, block) for name, block in rows.items()}
@@ -173,8 +183,11 @@ class Expander:
 
     def _by_layers(
         self, weights: dict[str, Tensor], batch: Any, directions: Callable[[Tensor, Any], Tensor] | None
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Outputs, directions, and derivatives `[n, m, v, 1]` by the coefficients of blocks whose layers are known."""
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor] | None]:
+        """Outputs, directions, and derivatives `[n, m, v, 1]` by the coefficients of blocks whose layers are known.
+
+        None for the derivatives where the network takes another way with these examples than with those looked at.
+        """
         assert self._by_rows is not None
         known = {id(t): name for name, t in weights.items() if name not in self._by_rows}
         blocks = dict(zip(self.model.names, self.model._blocks(), strict=True))
@@ -184,25 +197,28 @@ class Expander:
             f = _one(self.map.call(weights, batch))
         chosen = None if directions is None else directions(f.detach(), batch)
         width, parts = f[0].numel() if chosen is None else len(chosen), {}
-        if not probes:
-            return f.detach(), chosen, parts
+        if len(seen.sites) != len(self._majors):
+            return f.detach(), chosen, None
         for start in range(0, width, TOGETHER):
             places = range(start, min(start + TOGETHER, width))
             pulled = [_pull(f, _unit(f, i) if chosen is None else chosen[i], probes) for i in places]
-            for number, site in enumerate(seen.sites):
-                delta = torch.stack([row[number] for row in pulled], 1)  # [n, some m, *trail]
+            for number, (site, major) in enumerate(zip(seen.sites, self._majors, strict=True)):
+                delta = torch.stack(
+                    [_arranged(site, row[number], n, major) for row in pulled], 1
+                )  # [n, m, ..., *trail]
                 for term in site.terms:
                     x = None if term.source < 0 else seen.inputs[term.source].detach()
+                    x = x if x is None else _arranged(site, x, n, major, TRAILS.get(term.kind))
                     out = parts.setdefault(term.name, f.new_zeros(n, width, *blocks[term.name].size))
                     with torch.no_grad():
                         out[:, places.start : places.stop, :, 0] += _met(site, term, x, delta, blocks[term.name])
         return f.detach(), chosen, parts
 
-    def _rows(self, weights: dict[str, Tensor], batch: Any, n: int, width: int) -> dict[str, Tensor]:
-        """Derivatives `[n, O, v, K]` by the coefficients of the other blocks, tensor by tensor."""
+    def _rows(self, weights: dict[str, Tensor], batch: Any, n: int, width: int, names: set[str]) -> dict[str, Tensor]:
+        """Derivatives `[n, O, v, K]` by the coefficients of some blocks, tensor by tensor."""
         function, out = EmbeddedOutputs(self.map, Euclidean(), as_batches([batch])), {}
         for name, block in zip(self.model.names, self.model._blocks(), strict=True):
-            if name in (self._by_rows or ()):
+            if name in names:
                 rows = RowMaker(function, weights, [name]).blocks(batch, n, n * width)
                 found = [block.project(r.reshape(-1, *block.shape).to(self.model.coefficients.dtype)) for r in rows]
                 out[name] = torch.cat(found).unflatten(0, (n, width))
@@ -216,6 +232,18 @@ def _one(outputs: tuple[Tensor, ...]) -> Tensor:
             f"model: returned tensors of shapes {shapes}, expected one [n, ..., C]; pick it with output_fn"
         )
     return outputs[0]
+
+
+def _of_example(f: Tensor, place: int) -> Tensor:
+    """A direction in which one example's outputs count."""
+    u = torch.zeros_like(f)
+    u[place] = torch.linspace(-1.0, 1.3, f[0].numel(), dtype=f.dtype, device=f.device).cos().view_as(f[0])
+    return u
+
+
+def _arranged(site: Site, t: Tensor, n: int, major: bool, trail: int | None = None) -> Tensor:
+    """What belongs to a site, with the n examples on the first axis."""
+    return t if major and len(t) == n else site.arranged(t, n, major=major, trail=trail)
 
 
 def _unit(f: Tensor, place: int) -> Tensor:
