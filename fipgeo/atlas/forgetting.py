@@ -37,8 +37,12 @@ def forget_(
 
     The loss is a weight times the cross-entropy on the control, minus that on the target. After every step the accuracy
     on control data that are set apart is looked at; the first step that takes it below the floor goes only as far as it
-    does not, and is the last. Those data decide nothing else, so what they say of the floor is not what was fitted to
-    them.
+    does not, and is the last. The result is the first look at which least of the target is right: the loss falls on
+    when there is nothing more to forget, and then costs the control for nothing.
+
+    The data set apart decide nothing but the floor, so what they say of it is not what was fitted to them. Where they
+    are a share of the control, they judge only what the steps lose: what the start has is judged by all of the control,
+    none of which it was fitted to here, and the two are added.
 
     Args:
         model: A composition of vectors that know the target. Coefficients that begin below the floor are first
@@ -58,8 +62,8 @@ def forget_(
         generator: Draws what is set apart and the directions of the metric.
 
     Returns:
-        How it went; the outcome is CONVERGED where the floor was met or steps became small, STAGNATED where no less of
-        the target data is right than at the start, whose coefficients then stay.
+        How the steps went, those after the best look too; the outcome is CONVERGED where the floor was met or steps
+        became small, STAGNATED where no look finds less of the target right than the start, which is then the result.
 
     Raises:
         ValueError: `floor`, `held_out`, `confidence` or `weight` is out of range, a linear composition has no ridge, or
@@ -76,32 +80,60 @@ def forget_(
         raise ValueError(f"ridge: got {ridge} for a linear composition, whose loss has no minimum; pass ridge=0.01")
     draws = as_generator(generator)
     away, kept = (data if isinstance(data, Goal) else Goal(data) for data in (target, control))
-    kept, judge = _apart(kept, held_out, draws)
-    goals = [replace(away, weight=-abs(away.weight)), replace(kept, weight=weight * kept.weight)]
-    held = Floor.of(model, judge, floor, confidence)
+    learned, judge = _apart(kept, held_out, draws)
+    goals = [replace(away, weight=-abs(away.weight)), replace(learned, weight=weight * kept.weight)]
     terms = [Term.of(model, goal) for goal in goals]
-    before = model.coefficients.detach().clone()
-    start = before if held(before) else farthest(torch.zeros_like(before), before, held)
-    end, left = before, _right(terms[0].expander, start, terms[0].batches, "target").sum()
+    before, held = model.coefficients.detach().clone(), Floor.of(model, judge, floor, confidence)
+    first = Floor.of(model, kept, floor) if learned.data is not kept.data and confidence is None else held
+    start = before if first(before) else farthest(torch.zeros_like(before), before, first)
+    held = held if first is held else held.beside(first, start)
+    looks = Looks(held, terms[0], start)
+    end = before
     try:
         with torch.no_grad():
             model.coefficients.copy_(start)
         if model.linear:
             fit = fit_(model, goals, ridge=ridge, steps=steps)
             solution = model.coefficients.detach().clone()
-            found = solution if held(solution) else farthest(start, solution, held)
+            looks(solution) or farthest(start, solution, looks)
         else:
             objective = Objective(model, terms, [term.batches for term in terms], ridge)
-            fit = descend(objective, draws, steps=steps, allowed=held)
-            found = model.coefficients.detach().clone()
-        if _right(terms[0].expander, found, terms[0].batches, "target").sum() < left:
-            end = found
-        else:
-            fit, end = replace(fit, outcome=Outcome.STAGNATED), start
+            fit = descend(objective, draws, steps=steps, allowed=looks)
+        end = looks.best
     finally:
         with torch.no_grad():
             model.coefficients.copy_(end)
-    return fit
+    return fit if looks.best is not start else replace(fit, outcome=Outcome.STAGNATED)
+
+
+class Looks:
+    """Whether coefficients are above a floor; of those that are, the first with which least of the target is right.
+
+    Args:
+        floor: Of the control.
+        target: What is to be forgotten.
+        start: Coefficients above the floor.
+
+    Attributes:
+        best: The coefficients.
+        left: How many of the target's examples are right with them.
+    """
+
+    def __init__(self, floor: Floor, target: Term, start: Tensor) -> None:
+        self.floor, self.target, self.best = floor, target, start
+        self.left = self._left(start)
+
+    def __call__(self, c: Tensor) -> bool:
+        """Whether they are."""
+        if not self.floor(c):
+            return False
+        left = self._left(c)
+        if left < self.left:
+            self.best, self.left = c.clone(), left
+        return True
+
+    def _left(self, c: Tensor) -> int:
+        return int(_right(self.target.expander, c, self.target.batches, "target").sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +146,7 @@ class Floor:
         least: Share of the accuracy at c = 0 that must be left.
         confidence: Of that, or None.
         right: Whether each example is right at c = 0.
+        slack: Examples that may be lost beyond the floor.
     """
 
     expander: Expander
@@ -121,9 +154,10 @@ class Floor:
     least: float
     confidence: float | None
     right: Tensor
+    slack: float = 0.0
 
     @classmethod
-    def of(cls, model: Composition, judge: Goal, least: float, confidence: float | None) -> Floor:
+    def of(cls, model: Composition, judge: Goal, least: float, confidence: float | None = None) -> Floor:
         """That of the network at c = 0.
 
         Raises:
@@ -139,6 +173,17 @@ class Floor:
             )
         return out
 
+    def beside(self, whole: Floor, c: Tensor) -> Floor:
+        """The same for what is lost after some coefficients, up to which more examples tell what is.
+
+        The accuracy at c' is taken to be that of the whole at c and, on these examples, that at c' less that at c.
+        """
+        here, there = (_right(part.expander, c, part.judge).double() for part in (self, whole))
+        spare = [
+            found.mean() - part.least * part.right.double().mean() for found, part in ((here, self), (there, whole))
+        ]
+        return replace(self, slack=float(spare[1] - spare[0]) * len(here))
+
     def __call__(self, c: Tensor) -> bool:
         """Whether they do."""
         return self.kept(_right(self.expander, c, self.judge))
@@ -146,7 +191,7 @@ class Floor:
     def kept(self, right: Tensor) -> bool:
         """Whether predictions do, of which these are right."""
         if self.confidence is None:
-            return int(right.sum()) >= self.least * int(self.right.sum())
+            return int(right.sum()) + self.slack >= self.least * int(self.right.sum())
         if not bool(self.right.any()):
             return False
         lost = changed_upper_bound(int((self.right & ~right).sum()), int(self.right.sum()), self.confidence)

@@ -179,10 +179,11 @@ def descend(
 def farthest(start: Tensor, end: Tensor, allowed: Callable[[Tensor], bool]) -> Tensor:
     """A point of a way to coefficients that are not allowed, by bisection: allowed, while one 1/64 farther is not.
 
-    The start, which is taken to be allowed, where nothing of the way is.
+    The way may end far beyond what is allowed, so that the 1/64 are of the way up to there. The start, which is taken
+    to be allowed, where nothing of the way is but for a millionth.
     """
     low, high = 0.0, 1.0
-    while high - low > 1 / 64:
+    while high - low > max(high / 64, 1e-6):
         middle = (low + high) / 2
         low, high = (middle, high) if allowed(start + middle * (end - start)) else (low, middle)
     return start + low * (end - start)
