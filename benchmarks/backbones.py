@@ -6,7 +6,9 @@
                AG News under a head of the kind that all tasks have
 
 Images: 2,000 of each task to tune on, 400 for validation, 1,000 of the test set. Texts: 1,000, 200 and 500; the control
-gets 200 more for validation. All are drawn once. How MiniLM is had is told in `benchmarks.texts`.
+gets 200 more for validation. All are drawn once. How MiniLM is had is told in `benchmarks.texts`. Where forms of a rule
+are compared, spare examples stand in for the test's: of a task those of its training file that are in no other part, of
+CIFAR-10 more of its test file.
 """
 
 from __future__ import annotations
@@ -40,10 +42,12 @@ TEXTS = {"sst2": "sst2", "subj": "subj", "cr": "cr", "ag_news": "ag_news", "imdb
 TEXT_TRAIN, TEXT_VALIDATION, TEXT_TEST = 1000, 200, 500
 KEPT = "ag_news"
 """The control of texts."""
+SPARE, SPARE_CONTROL = 600, 1500
+"""Spare examples of a task and of a control, at most."""
 
 
-def images(network: str, name: str) -> Examples:
-    """A task as a network wants its inputs, by a fixed draw."""
+def images(network: str, name: str, spare: bool = False) -> Examples:
+    """A task as a network wants its inputs, by a fixed draw; its test part may be of spare images."""
     _, _, norm = _network(network)
     parts = {split: _read(FILES[name], split) for split in ("train", "test")}
     draws = torch.Generator().manual_seed(0)
@@ -52,9 +56,10 @@ def images(network: str, name: str) -> Examples:
         x, y = (torch.from_numpy(part[order.numpy()]) for part in parts[split])
         return _prepared(x, norm), y.long()
 
-    train, validation, _ = _cut(len(parts["train"][1]), TRAIN, VALIDATION, draws)
+    train, validation, rest = _cut(len(parts["train"][1]), TRAIN, VALIDATION, draws)
     test = torch.randperm(len(parts["test"][1]), generator=draws)[:TEST]
-    return Examples(name, take("train", train), take("train", validation), take("test", test))
+    judge = take("train", rest[:SPARE]) if spare else take("test", test)
+    return Examples(name, take("train", train), take("train", validation), judge)
 
 
 def image_share(network: str, name: str, percent: int, seed: int) -> Labelled:
@@ -86,7 +91,7 @@ def trunk(network: str, last: str) -> nn.Module:
     return net.eval()
 
 
-def own(network: str, last: str) -> Control:
+def own(network: str, last: str, spare: bool = False) -> Control:
     """CIFAR-10 under the head of the pretrained network; images that it was not trained on, for choices too."""
     net, data, norm = _network(network)
     layer = net.get_submodule(last)
@@ -95,7 +100,8 @@ def own(network: str, last: str) -> Control:
     with np.load(folder() / "images" / "cifar10_test.npz") as archive:
         x, y = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"]).long()
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    first, second = order[:VALIDATION], order[VALIDATION : VALIDATION + TEST]
+    first, second, rest = order[:VALIDATION], order[VALIDATION : VALIDATION + TEST], order[VALIDATION + TEST :]
+    second = rest[:SPARE_CONTROL] if spare else second
     validation, test = ((_prepared(x[i], norm), y[i]) for i in (first, second))
     return Control(data, lambda features: features @ weight.T + bias, validation, test)
 
@@ -145,17 +151,25 @@ def minilm() -> nn.Module:
     return net
 
 
-def texts(name: str, further: int = 0) -> Examples:
-    """A task as MiniLM wants its inputs, by a fixed draw; the validation part may have so many texts more."""
+def texts(name: str, spare: bool = False, further: int = 0, most: int = SPARE) -> Examples:
+    """A task as MiniLM wants its inputs, by a fixed draw.
+
+    Args:
+        name: Of the task.
+        spare: The test part is of spare texts.
+        further: Texts for validation, more than there are of others.
+        most: Spare texts, where they are the test part.
+    """
     one, draws = _encoder(), torch.Generator().manual_seed(0)
     train, test = (sentences(TEXTS[name], split) for split in ("train", "test"))
 
     def take(part: Any, order: Tensor) -> Labelled:
         return rows(one, [part.texts[i] for i in order.tolist()], 0), part.labels[order]
 
-    first, second, _ = _cut(len(train.texts), TEXT_TRAIN, TEXT_VALIDATION + further, draws)
+    first, second, rest = _cut(len(train.texts), TEXT_TRAIN, TEXT_VALIDATION + further, draws)
     third = torch.randperm(len(test.texts), generator=draws)[:TEXT_TEST]
-    return Examples(name, take(train, first), take(train, second), take(test, third))
+    judge = take(train, rest[:most]) if spare else take(test, third)
+    return Examples(name, take(train, first), take(train, second), judge)
 
 
 def text_share(name: str, percent: int, seed: int) -> Labelled:
@@ -165,9 +179,9 @@ def text_share(name: str, percent: int, seed: int) -> Labelled:
     return rows(_encoder(), [whole.texts[i] for i in chosen.tolist()], 0), whole.labels[chosen]
 
 
-def topics() -> Control:
+def topics(spare: bool = False) -> Control:
     """AG News under the head that its training texts make."""
-    found = texts(KEPT, TEXT_VALIDATION)
+    found = texts(KEPT, spare, TEXT_VALIDATION, SPARE_CONTROL)
     return Control(KEPT, cosine(head(minilm(), *found.train)), found.validation, found.test)
 
 

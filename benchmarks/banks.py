@@ -82,8 +82,8 @@ class Backbone:
         trunk: Makes it anew in eval mode, inputs to features; parameters that want no gradient are not tuned.
         tasks: Names.
         forgotten: Those that are to be forgotten, by vectors of these alone.
-        examples: Those of a task.
-        control: What is to be kept then.
+        examples: Those of a task, and whether spare ones stand in for the test's.
+        control: What is to be kept then, and the same.
         share: A task, per cent of its training file and a seed -> as many examples, none of them for validation.
         epochs: Of fine-tuning.
         rate: Its learning rate.
@@ -99,8 +99,8 @@ class Backbone:
     trunk: Callable[[], nn.Module]
     tasks: tuple[str, ...]
     forgotten: tuple[str, ...]
-    examples: Callable[[str], Examples]
-    control: Callable[[], Control]
+    examples: Callable[..., Examples]
+    control: Callable[..., Control]
     share: Callable[[str, int, int], Labelled]
     epochs: int
     rate: float

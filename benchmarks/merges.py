@@ -116,10 +116,10 @@ class Setting:
         return statistics.fmean(self.rows(net, "validation").values())
 
 
-def setting(backbone: Backbone, epochs: int | None = None, rate: float | None = None) -> Setting:
+def setting(backbone: Backbone, epochs: int | None = None, rate: float | None = None, spare: bool = False) -> Setting:
     """The tasks of a backbone, with its pretrained trunk and the vectors of its bank or of another."""
     base = backbone.trunk().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    sets = [backbone.examples(name) for name in backbone.tasks]
+    sets = [backbone.examples(name, spare) for name in backbone.tasks]
     tasks = [
         Task(one.name, cosine(head(base, *one.train)), *map(laid, (one.train, one.validation, one.test)))
         for one in sets
@@ -128,9 +128,9 @@ def setting(backbone: Backbone, epochs: int | None = None, rate: float | None = 
     return Setting(base, tasks, vectors, backbone.depth, backbone.learning)
 
 
-def control(backbone: Backbone) -> Task:
+def control(backbone: Backbone, spare: bool = False) -> Task:
     """What the backbone is good at already."""
-    name, top, validation, test = backbone.control()
+    name, top, validation, test = backbone.control(spare)
     return Task(name, top, None, laid(validation), laid(test))
 
 

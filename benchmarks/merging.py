@@ -3,6 +3,7 @@
     python -m benchmarks.merging                                all that is not on record yet
     python -m benchmarks.merging --backbones vit --cells add --seeds 0
     python -m benchmarks.merging --cells negate --tasks mnist eurosat --methods fipgeo AdamW
+    python -m benchmarks.merging --cells negate --spare         by examples that are neither for choices nor of the test
     python -m benchmarks.merging --plan
 
 The backbones are those of `benchmarks.backbones`, each with a bank; cases of all but the ResNet-20 begin with the name
@@ -34,7 +35,9 @@ before. Accuracies are on test examples, by which nothing is chosen.
 "bank": the same tasks with vectors of other fine-tuning, by mean accuracy on validation examples: each task by its own
 vector, and merges of all. The bank of the other cells is the first, the best by own vectors.
 
-Records go to benchmarks/results/merging.json, cell by cell; what is there is not measured again without --again.
+Forms of our own rules are compared with --spare, which takes accuracies on spare examples in place of the test's.
+Records go to benchmarks/results/merging.json, or merging-spare.json, cell by cell; what is there is not measured again
+without --again.
 """
 
 from __future__ import annotations
@@ -64,8 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="to be forgotten")
     parser.add_argument("--methods", nargs="+", help="such as fipgeo, AdamW, TIES")
+    parser.add_argument("--spare", action="store_true", help="judge by spare examples, not by those of the test")
     args = parser.parse_args(arguments)
-    measure("merging", (cell for name in args.backbones for cell in cells(BACKBONES[name], args)), args)
+    measure(
+        "merging-spare" if args.spare else "merging",
+        (cell for name in args.backbones for cell in cells(BACKBONES[name], args)),
+        args,
+    )
 
 
 def cells(backbone: Backbone, args: argparse.Namespace) -> Iterator[Cell]:
@@ -79,12 +87,12 @@ def cells(backbone: Backbone, args: argparse.Namespace) -> Iterator[Cell]:
         for method in ("individual vectors", *ADDED, *LEARNED) if "add" in args.cells else ():
             if wanted(method, seed):
                 about = {"case": f"{before}add", "method": method, "seed": seed}
-                yield Cell(about, partial(added, backbone, method, seed))
+                yield Cell(about, partial(added, backbone, method, seed, args.spare))
         for task in backbone.forgotten if "negate" in args.cells else ():
             for method in NEGATED if task in args.tasks else ():
                 if wanted(method, seed):
                     about = {"case": f"{before}negate/{task}", "method": method, "seed": seed}
-                    yield Cell(about, partial(negated, backbone, task, method, seed))
+                    yield Cell(about, partial(negated, backbone, task, method, seed, args.spare))
 
     for epochs, rate in ((backbone.epochs, backbone.rate), *backbone.others) if "bank" in args.cells else ():
         about = {"case": f"{before}bank/{epochs} epochs at {rate}", "method": "fine-tuning", "seed": 0}
@@ -92,14 +100,14 @@ def cells(backbone: Backbone, args: argparse.Namespace) -> Iterator[Cell]:
 
 
 @cache
-def given(backbone: Backbone) -> tuple[Setting, Task]:
+def given(backbone: Backbone, spare: bool) -> tuple[Setting, Task]:
     """The bank and the control, made once."""
-    return setting(backbone), control(backbone)
+    return setting(backbone, spare=spare), control(backbone, spare)
 
 
-def added(backbone: Backbone, method: str, seed: int) -> list[Record]:
-    """Accuracy of all tasks on test examples."""
-    at, _ = given(backbone)
+def added(backbone: Backbone, method: str, seed: int, spare: bool = False) -> list[Record]:
+    """Accuracy of all tasks on test examples, or on spare ones."""
+    at, _ = given(backbone, spare)
     if method == "individual vectors":
         alone = [at.only(task.name) for task in at.tasks]
         rows = {k: v for one in alone for k, v in one.rows(one.whole.apply_to(one.base), "test").items()}
@@ -125,9 +133,9 @@ def accuracy(rows: dict[str, float], chosen: str) -> Record:
     return {"figure": "accuracy", "value": mean, "unit": "%", "rows": rows, "chosen": chosen}
 
 
-def negated(backbone: Backbone, name: str, method: str, seed: int) -> list[Record]:
-    """What is left of the target and of the control, on test examples; the control's own vector is not used."""
-    at, kept = given(backbone)
+def negated(backbone: Backbone, name: str, method: str, seed: int, spare: bool = False) -> list[Record]:
+    """What is left of the target and of the control, on test or spare examples, without the control's own vector."""
+    at, kept = given(backbone, spare)
     at = at.only(*backbone.forgotten)
     place = [task.name for task in at.tasks].index(name)
     net, chosen = NEGATED[method](at, place, kept, seed)

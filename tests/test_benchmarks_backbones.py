@@ -22,7 +22,8 @@ def trunk() -> nn.Module:
     return net
 
 
-def examples(name: str) -> Examples:
+def examples(name: str, spare: bool = False) -> Examples:
+    del spare
     draws = torch.Generator().manual_seed(len(name))
     y = torch.arange(30) % 3
     centres = torch.randn(3, 6, generator=draws)
@@ -31,7 +32,8 @@ def examples(name: str) -> Examples:
 
 
 def toy() -> Backbone:
-    def control() -> Control:
+    def control(spare: bool = False) -> Control:
+        del spare
         found = examples("kept")
         return Control("kept", cosine(banks.head(trunk(), *found.train)), found.validation, found.test)
 

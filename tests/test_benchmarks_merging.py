@@ -282,7 +282,7 @@ def test_images_of_a_lesson_have_all_classes() -> None:
 
 def test_grids_are_resumed_and_means_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at, counted = setting(), []
-    monkeypatch.setattr(merging, "given", lambda backbone: (at, kept(at)))
+    monkeypatch.setattr(merging, "given", lambda backbone, spare: (at, kept(at)))
     course = transfer.Course(transfer.RESNET20, ("one",), ("two",))
     monkeypatch.setattr(transfer, "given", lambda backbone: counted.append(1) or at)
     monkeypatch.setattr(transfer, "COURSES", {"resnet20": course})
