@@ -21,7 +21,8 @@ examples. Every rule sees what it was published with, and chooses on validation 
     AdamW               the published recipe of aTLAS: labels of validation examples, from 0, AdamW 0.001 with weight
                         decay 0.1, 20 epochs of 16 examples a task in a step
     fipgeo              the same labels by `fipgeo.atlas.fit_`, from the better of the merges of Iso-C and
-                        TSV on validation examples, over its vectors
+                        TSV on validation examples, over its vectors; its ridge ("ridge", once for each backbone) is
+                        that which does best on one half of them after learning from the other
 
 "negate": the network forgets a task and keeps 95 % of its accuracy on the control, CIFAR-10 under the head that it was
 trained with, or AG News under that of its training texts, whose vector no rule then gets. Vectors are taken back by the
@@ -46,24 +47,27 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from functools import cache, partial
+from pathlib import Path
 
 from torch import nn
 
 from benchmarks.backbones import BACKBONES, RESNET20
 from benchmarks.banks import Backbone
 from benchmarks.cells import Cell, Record, measure, options
-from benchmarks.learned import LEARNED, NEGATED
+from benchmarks.learned import LEARNED, NEGATED, by_ours, ridges
 from benchmarks.merges import ADDED, Setting, Task, control, setting
+from benchmarks.records import RESULTS, read
 
 MERGED = ("weight averaging", "isotropic", "TSV", "Iso-C")
 """Rules that banks are compared by."""
 DRAWN = {"DARE", "AdaMerging", "AdaMerging on test", "AdamW", "fipgeo"}
 """Methods with a seed of their own."""
+TUNING_SEED = 100
 TASKS = list(dict.fromkeys(task for backbone in BACKBONES.values() for task in backbone.tasks))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = options(__doc__, ["add", "negate", "bank"], [0, 1, 2])
+    parser = options(__doc__, ["ridge", "add", "negate", "bank"], [0, 1, 2])
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="to be forgotten")
     parser.add_argument("--methods", nargs="+", help="such as fipgeo, AdamW, TIES")
@@ -83,11 +87,13 @@ def cells(backbone: Backbone, args: argparse.Namespace) -> Iterator[Cell]:
     def wanted(method: str, seed: int) -> bool:
         return (not args.methods or method in args.methods) and (seed == args.seeds[0] or method in DRAWN)
 
+    if "ridge" in args.cells and wanted("fipgeo", args.seeds[0]):
+        yield Cell({"case": f"{before}ridge", "method": "fipgeo", "seed": TUNING_SEED}, partial(tuned, backbone))
     for seed in args.seeds:
         for method in ("individual vectors", *ADDED, *LEARNED) if "add" in args.cells else ():
             if wanted(method, seed):
                 about = {"case": f"{before}add", "method": method, "seed": seed}
-                yield Cell(about, partial(added, backbone, method, seed, args.spare))
+                yield Cell(about, partial(added, backbone, method, seed, args.spare, before, args.folder))
         for task in backbone.forgotten if "negate" in args.cells else ():
             for method in NEGATED if task in args.tasks else ():
                 if wanted(method, seed):
@@ -105,14 +111,29 @@ def given(backbone: Backbone, spare: bool) -> tuple[Setting, Task]:
     return setting(backbone, spare=spare), control(backbone, spare)
 
 
-def added(backbone: Backbone, method: str, seed: int, spare: bool = False) -> list[Record]:
-    """Accuracy of all tasks on test examples, or on spare ones."""
+def tuned(backbone: Backbone) -> list[Record]:
+    """The ridge of ours, by halves of the validation examples."""
+    found = ridges(given(backbone, False)[0], TUNING_SEED)
+    best = max(found, key=lambda ridge: found[ridge])
+    return [{"figure": "ridge", "value": best, "unit": "", "rows": {str(ridge): v for ridge, v in found.items()}}]
+
+
+def added(
+    backbone: Backbone, method: str, seed: int, spare: bool = False, before: str = "", folder: Path = RESULTS
+) -> list[Record]:
+    """Accuracy of all tasks on test examples, or on spare ones; the ridge of ours is read from what is on record."""
     at, _ = given(backbone, spare)
     if method == "individual vectors":
         alone = [at.only(task.name) for task in at.tasks]
         rows = {k: v for one in alone for k, v in one.rows(one.whole.apply_to(one.base), "test").items()}
         return [accuracy(rows, "scale 1")]
-    net, chosen = (ADDED | LEARNED)[method](at, seed)
+    rules = ADDED | LEARNED
+    if method == "fipgeo":
+        known = [r["value"] for r in read("merging", folder) if r["case"] == f"{before}ridge"]
+        if not known:
+            raise LookupError(f"no ridge is on record for {backbone.name}; run --cells ridge first")
+        rules |= {"fipgeo": partial(by_ours, ridge=known[0])}
+    net, chosen = rules[method](at, seed)
     rule = {"figure": "validation", "value": round(at.validated(net), 2), "unit": "%"}
     return [accuracy(at.rows(net, "test"), chosen), rule]
 

@@ -142,6 +142,24 @@ def test_what_forgets_keeps_the_floor_on_validation(name: str) -> None:
     assert left <= start
 
 
+def test_a_ridge_is_judged_by_examples_that_nothing_was_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    at, seen = setting(), []
+    start, _, vectors = learned.started(at)
+    step = learned.stepped
+    monkeypatch.setattr(learned, "stepped", lambda *args: seen.append((args[3], args[4])) or step(*args))
+    found = learned.ridges(at, 3)
+    assert list(found) == [ridge for _, ridge in seen] == list(learned.RIDGES)
+    for (parts, ridge), value in zip(seen, found.values(), strict=True):
+        net, _ = step(at, start, vectors, parts, ridge, 15, 3)
+        shares = []
+        for task, (x, _) in zip(at.tasks, parts, strict=True):
+            whole, y = task.validation
+            used = (whole[:, None].flatten(2) == x[None].flatten(2)).all(2).any(1)
+            assert int(used.sum()) == len(x) == len(y) // 2
+            shares.append(task.accuracy(net, (whole[~used], y[~used])))
+        assert value == pytest.approx(sum(shares) / 2, abs=0.01)
+
+
 @pytest.mark.parametrize("rule", ["isotropic", "TSV", "Iso-C", ""])
 def test_forgetting_starts_at_the_rule_that_left_least(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     at, seen = setting(), []
@@ -295,6 +313,15 @@ def test_grids_are_resumed_and_means_are_those_of_the_rows(tmp_path: Path, monke
         assert r["seconds"] >= 0
         if "rows" in r:
             assert r["value"] == pytest.approx(sum(r["rows"].values()) / 2, abs=0.01)
+    ours = ["--folder", str(tmp_path), "--backbones", "resnet20", "--methods", "fipgeo", "--seeds", "0", "--cells"]
+    with pytest.raises(SystemExit):
+        merging.main([*ours, "add"])  # no ridge is on record yet
+    monkeypatch.setattr(learned, "RIDGES", (0.5, 0.0))
+    merging.main([*ours, "ridge", "add"])
+    (ridge,) = (r for r in records.read("merging", tmp_path) if r["case"] == "ridge")
+    assert ridge["rows"] == {str(k): v for k, v in learned.ridges(at, merging.TUNING_SEED).items()}
+    assert ridge["value"] == max((0.5, 0.0), key=lambda k: ridge["rows"][str(k)])
+    assert any(f"ridge {ridge['value']} " in r.get("chosen", "") for r in records.read("merging", tmp_path))
     given = ["--folder", str(tmp_path), "--methods", "fipgeo", "LoRA", "--shots", "1", "--seeds", "0", "--tasks", "one"]
     with pytest.raises(SystemExit):
         transfer.main([*given, "--cells", "few"])  # no rate is on record yet

@@ -133,8 +133,8 @@ class Expander:
         self._copies = seen.overwritten()
         size = sum(site.numel for site in seen.sites) // n * f.element_size() * min(TOGETHER, f[0].numel())
         self._step = max(1, BYTES // max(1, size))
-        ends = [_pull(f, _of_example(f, place), probes) for place in (0, n - 1)] if probes else [[], []]
-        majors = [slow_index(site, *both, n) for site, *both in zip(seen.sites, *ends, strict=True)]
+        first, last = ([] if not probes else _pull(f, _of_example(f, place), probes) for place in (0, n - 1))
+        majors = [slow_index(site, one, other, n) for site, one, other in zip(seen.sites, first, last, strict=True)]
         found, odd = {t.name for site in seen.sites for t in site.terms}, set()
         for site, major in zip(seen.sites, majors, strict=True):
             odd |= {t.name for t in site.terms if major is None or (t.kind == "conv" and site.shape[0] != n)}

@@ -95,7 +95,8 @@ def forget_(
         if model.linear:
             fit = fit_(model, goals, ridge=ridge, steps=steps)
             solution = model.coefficients.detach().clone()
-            looks(solution) or farthest(start, solution, looks)
+            if not looks(solution):
+                farthest(start, solution, looks)
         else:
             objective = Objective(model, terms, [term.batches for term in terms], ridge)
             fit = descend(objective, draws, steps=steps, allowed=looks)
