@@ -1,18 +1,16 @@
-"""The vectors of one parameter tensor, stacked, and their weighted sum with its derivative.
+"""The vectors of one parameter tensor, stacked, and their weighted sum and inner products.
 
-Axis letters: n vectors, K parts of the tensor, m weights of a part, P weights of the tensor, k stacked coefficients.
+Axis letters: n vectors, K parts of the tensor, m weights of a part, P weights of the tensor, k stacked coefficients,
+T tensors side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from fipgeo.lazy import Entry, Factors, value, write
 
@@ -80,8 +78,8 @@ class Block(nn.Module):
             `[..., *shape]` in the dtype of the weights.
         """
         lead, data = weights.shape[:-2], self.data
-        plain = self.order is None and data.dtype == weights.dtype
-        rows = weights.reshape(-1, *weights.shape[-2:]).permute(2, 0, 1)  # [K, k, n]
+        plain = len(data) == 1 and self.order is None and data.dtype == weights.dtype
+        rows = weights.reshape(-1, *weights.shape[-2:]).permute(2, 0, 1).contiguous()  # [K, k, n]
         start = None if base is None else base.reshape(1, -1).to(weights.dtype)
         if plain:
             out = rows[0] @ data[0] if start is None else torch.addmm(start, rows[0], data[0])
@@ -216,6 +214,28 @@ class FactoredBlock(Block):
         return met.new_zeros(len(met), self.size[0]).index_add_(1, self.owner, met).reshape((*lead, *self.size))
 
 
+class JoinedBlock(Block):
+    """Blocks of equal size as one block, whose tensor `[T P]` is theirs, one after the other.
+
+    Networks have hundreds of small tensors, on each of which the way to a sum takes longer than the sum.
+
+    Args:
+        blocks: T blocks of equal n, K and P. Their vectors are copied; streamed ones are read here.
+        dtype: To keep the vectors in, which is that of the sums, so that nothing is widened later.
+    """
+
+    def __init__(self, blocks: Sequence[Block], dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        (count, parts), first = blocks[0].size, blocks[0]
+        data = torch.cat([block.data.to(dtype) for block in blocks])
+        step = parts * data.shape[2]
+        orders = [block.order + i * step for i, block in enumerate(blocks) if block.order is not None]
+        self.shape = torch.Size([len(blocks) * first.shape.numel()])
+        self.size, self.rows = (count, len(data)), None
+        self.register_buffer("data", data, persistent=False)
+        self.register_buffer("order", torch.cat(orders) if orders else None, persistent=False)
+
+
 def block_of(
     entries: Sequence[Entry],
     dtype: torch.dtype | None,
@@ -262,128 +282,3 @@ def _pieces(data: Tensor) -> list[tuple[slice, slice]]:
         return [(slice(0, 1), slice(start, start + step)) for start in range(0, width, step)]
     step = max(1, _PIECE // max(1, vectors * width))
     return [(slice(start, start + step), slice(0, width)) for start in range(0, parts, step)]
-
-
-@dataclass(frozen=True, eq=False)
-class Sums:
-    """The weighted sums of all blocks, as one linear map from flat coefficients `[..., r]` to tensors.
-
-    Attributes:
-        blocks: The blocks.
-        index: Places of all blocks' weights among the coefficients, one block after the other.
-        sizes: How many of them each block has.
-        bases: What is added to each sum; None for nothing.
-        dtypes: Of the tensors.
-    """
-
-    blocks: Sequence[Block]
-    index: Tensor
-    sizes: Sequence[int]
-    bases: Sequence[Tensor] | None
-    dtypes: Sequence[torch.dtype]
-
-    def parts(self, flat: Tensor) -> list[Tensor]:
-        """The weights `[..., n, K]` of each block."""
-        pieces, lead = flat.index_select(-1, self.index).split(list(self.sizes), -1), flat.shape[:-1]
-        return [piece.reshape(lead + block.size) for block, piece in zip(self.blocks, pieces, strict=True)]
-
-    def compose(self, flat: Tensor) -> tuple[Tensor, ...]:
-        """The sums `[..., *shape]`."""
-        if flat.dim() == 1 and self.bases is not None:
-            pieces = flat.index_select(0, self.index).split(self.sizes)
-            whole = [b.compose_one(w, base) for b, w, base in zip(self.blocks, pieces, self.bases, strict=True)]
-            return tuple(out if out.dtype == d else out.to(d) for out, d in zip(whole, self.dtypes, strict=True))
-        bases = [None] * len(self.blocks) if self.bases is None else self.bases
-        rows = zip(self.blocks, self.parts(flat), bases, self.dtypes, strict=True)
-        sums = ((block.compose(weights, base), dtype) for block, weights, base, dtype in rows)
-        return tuple(out if out.dtype == dtype else out.to(dtype) for out, dtype in sums)
-
-    def project(self, grads: Sequence[Tensor | None], size: int, dtype: torch.dtype) -> Tensor:
-        """The adjoint, `[..., r]`; None stands for zero."""
-        lead = next(
-            (g.shape[: g.dim() - len(b.shape)] for b, g in zip(self.blocks, grads, strict=True) if g is not None), ()
-        )
-        like = self.index.new_zeros((), dtype=dtype)
-        if not lead:
-            pairs = zip(self.blocks, grads, self.sizes, strict=True)
-            met = [like.new_zeros(n) if g is None else b.project_one(g.to(dtype)) for b, g, n in pairs]
-            return like.new_zeros(size).index_add_(0, self.index, torch.cat(met)) if met else like.new_zeros(size)
-        found = [
-            like.new_zeros((*lead, n)) if g is None else b.project(g.to(dtype)).flatten(-2)
-            for b, g, n in zip(self.blocks, grads, self.sizes, strict=True)
-        ]
-        out = like.new_zeros((*lead, size))
-        return out.index_add_(-1, self.index, torch.cat(found, -1)) if found else out
-
-
-class Compose(Function):
-    """All sums in one node of the graph, linear in the coefficients.
-
-    Nothing of the size of the vectors is kept for the backward pass, which takes inner products with them. Works under
-    torch.func's jvp, vjp and vmap over the coefficients, and for derivatives of any order.
-    """
-
-    @staticmethod
-    def forward(flat: Tensor, sums: Sums) -> tuple[Tensor, ...]:
-        """`[r]` to tensors `[*shape]`."""
-        return sums.compose(flat)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Remember where the vectors are."""
-        flat, ctx.sums = inputs
-        ctx.size, ctx.wide = flat.shape[-1], flat.dtype
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """Inner products of the gradients with the vectors."""
-        return Project.apply(ctx.sums, ctx.size, ctx.wide, *grads), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """The sums for the tangent of the coefficients, without what is added to them."""
-        return Compose.apply(tangents[0], replace(ctx.sums, bases=None))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        """Stacks of coefficients are one product."""
-        del info
-        flat, sums = args
-        return Compose.apply(flat.movedim(in_dims[0], 0), sums), (0,) * len(sums.blocks)
-
-
-class Project(Function):
-    """Inner products of tensors with all blocks' vectors, `[r]`: the adjoint of `Compose`."""
-
-    @staticmethod
-    def forward(sums: Sums, size: int, dtype: torch.dtype, *grads: Tensor | None) -> Tensor:
-        """Tensors `[*shape]` to `[r]`."""
-        return sums.project(grads, size, dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Remember where the vectors are, and which tensors there were."""
-        ctx.sums, ctx.size, ctx.wide, *grads = inputs
-        ctx.given = [g is not None for g in grads]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """The sums again."""
-        found = Compose.apply(grads[0], replace(ctx.sums, bases=None))
-        return None, None, None, *(t if given else None for t, given in zip(found, ctx.given, strict=True))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Inner products of the tangents."""
-        return Project.apply(ctx.sums, ctx.size, ctx.wide, *tangents[3:])
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        """Stacks of tensors are one product."""
-        sums, size, dtype, *grads = args
-        moved = [
-            g if g is None else g.expand(info.batch_size, *g.shape) if dim is None else g.movedim(dim, 0)
-            for g, dim in zip(grads, in_dims[3:], strict=True)
-        ]
-        return Project.apply(sums, size, dtype, *moved), 0

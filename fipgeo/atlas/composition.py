@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fipgeo.atlas.blocks import Block, Compose, Sums, block_of
+from fipgeo.atlas.blocks import Block, JoinedBlock, block_of
 from fipgeo.atlas.kinds import Kind, PerBlock
+from fipgeo.atlas.sums import Compose, Sums, together
 from fipgeo.checkpointing import CheckpointWatch
 from fipgeo.io import load_record, save_record
 from fipgeo.lazy import Entry, Factors, entries_of, value
@@ -48,7 +49,8 @@ class Composition(nn.Module):
         vectors: Task vectors over its parameters, or some of them. A tensor that a vector lacks counts as zero, and
             tensors that are zero take no memory. Vectors of factors stay factors, and streamed ones are read block by
             block whenever weights are composed or gradients taken; a part of a tensor has no factors, so `Partitions`
-            multiplies them block by block.
+            multiplies them block by block. Tensors of 1,024 numbers at most that are of equal size, such as biases, are
+            summed together, from a copy of their vectors in memory.
         kind: Which coefficient scales what: `Isotropic()`, `PerLayer()`, `PerBlock()`, `PerChannel.of(module)` or
             `Partitions(K, seed)`.
         dtype: To store the vectors in; None for their own.
@@ -108,6 +110,7 @@ class Composition(nn.Module):
         self.names: list[str] = []
         self.blocks = nn.ModuleList()
         index: list[Tensor] = []
+        keys: list[Hashable] = []
         for name, size in sizes.items():
             rows = [i for i, vector in enumerate(found) if name in vector and _moves(vector[name])]
             if not rows:
@@ -116,7 +119,14 @@ class Composition(nn.Module):
             place = self.kind.order(name, size)
             self.blocks.append(block_of(stack, dtype, named[name].device, place, parts, stream))
             self.names.append(name)
-            index.append((torch.tensor(rows)[:, None] * shape[1] + columns[name]).flatten())
+            index.append(torch.tensor(rows)[:, None] * shape[1] + columns[name])  # [n, K]
+            keys.append((tuple(rows), named[name].dtype, named[name].device))
+        blocks = self._blocks()
+        self._groups, self._shapes = together(blocks, keys), [block.shape for block in blocks]
+        shared = [[blocks[i] for i in group] for group in self._groups]
+        self._summands = [JoinedBlock(of, wide) if len(of) > 1 else of[0] for of in shared]
+        self.joined = nn.ModuleList(block for block in self._summands if isinstance(block, JoinedBlock))
+        index = [torch.cat([index[i] for i in group], 1).flatten() for group in self._groups]
         self._sizes = [len(part) for part in index]
         places = (name.rpartition(".") for name in self.names)
         self._owners = [(self.module.get_submodule(path), key) for path, _, key in places]
@@ -151,13 +161,17 @@ class Composition(nn.Module):
         return self._summed(coefficients, False)
 
     def _summed(self, coefficients: Tensor | None, based: bool) -> dict[str, Tensor]:
-        flat, bases = (self.coefficients if coefficients is None else coefficients).flatten(), self._bases()
-        sums = Sums(self._blocks(), self._index, self._sizes, bases if based else None, [base.dtype for base in bases])
-        return dict(zip(self.names, Compose.apply(flat, sums), strict=True))
+        flat = (self.coefficients if coefficients is None else coefficients).flatten()
+        sums = self._linear(based)
+        found = Compose.apply(flat, sums) if torch.is_grad_enabled() else sums.compose(flat)
+        return dict(zip(self.names, found, strict=True))
 
-    def _bases(self) -> list[Tensor]:
-        """The network's own tensors, without a walk through all of its modules."""
-        return [owner._parameters[key].detach() for owner, key in self._owners]  # type: ignore[union-attr]
+    def _linear(self, based: bool, dtype: torch.dtype | None = None) -> Sums:
+        """The sums, plus the network's own tensors, which are found without a walk through all of its modules."""
+        bases: list[Any] = [owner._parameters[key] for owner, key in self._owners]
+        dtypes = [dtype or bases[group[0]].dtype for group in self._groups]
+        start = bases if based else None
+        return Sums(self._summands, self._groups, self._index, self._sizes, self._shapes, start, dtypes)
 
     def _used(self) -> dict[str, Tensor]:
         """What a forward pass takes: weights, or tangents of the linearised network."""
@@ -210,9 +224,7 @@ class Composition(nn.Module):
         if missing:
             raise ValueError(f"space: it lacks {', '.join(missing[:6])}, which the vectors move; choose them too")
         slices, wide = space.slices(), self.coefficients.dtype
-        size = self.coefficients.numel()
-
-        sums = Sums(self._blocks(), self._index, self._sizes, None, [wide] * len(self.names))
+        size, sums = self.coefficients.numel(), self._linear(False, wide)
 
         def apply(c: Tensor) -> Tensor:
             out = c.new_zeros(len(c), space.dim)

@@ -177,7 +177,8 @@ class Expander:
         width = width if chosen is None else len(chosen)
         blocks = zip(self.model.names, self.model._blocks(), strict=True)
         empty = {name: f.new_zeros(n, width, *b.size) for name, b in blocks if name not in parts}
-        flat = torch.cat([(parts | empty)[name].flatten(2) for name in self.model.names], 2)
+        found = [(parts | empty)[name] for name in self.model.names]
+        flat = torch.cat([torch.cat([found[i] for i in group], 3).flatten(2) for group in self.model._groups], 2)
         out = flat.new_zeros(n, width, self.model.coefficients.numel(), dtype=self.model.coefficients.dtype)
         return f, out.index_add_(2, self.model._index, flat.to(out.dtype))
 

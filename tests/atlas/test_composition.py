@@ -62,7 +62,7 @@ seeds = st.integers(0, 2**20)
 
 
 def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def bank(name: str, seed: int, count: int = 3) -> tuple[nn.Module, list[TaskVector], Tensor]:
