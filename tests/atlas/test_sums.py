@@ -14,7 +14,7 @@ from torch.func import jvp, vmap
 from fipgeo import Composition, TaskVector
 from fipgeo.atlas import Isotropic, Kind, Partitions, PerBlock, PerChannel, PerLayer
 from fipgeo.atlas.blocks import FactoredBlock, JoinedBlock
-from fipgeo.lazy import Entry, LazyTensors, entries_of
+from fipgeo.lazy import LazyTensors, entries_of
 
 from .test_composition import draw, seeds
 
@@ -30,8 +30,8 @@ SHAPES = {
     "i": (),
     "j": (6,),
 }
-LACKED = {0: {"h"}, 1: {"h", "j"}}
-"""Tensors that some of the vectors lack: h is alone in having one vector, j goes with no other of its size."""
+LACKED = {0: {"h"}, 1: {"h", "j"}, 2: {"c"}}
+"""Tensors that some of the vectors lack: h has one vector, c and j have two of them each, but not the same."""
 KINDS: dict[str, Kind] = {
     "isotropic": Isotropic(),
     "per layer": PerLayer(lambda name: str("abcd".find(name) < 0)),
@@ -100,10 +100,10 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
 
 
 def test_small_tensors_of_equal_size_and_vectors_are_joined() -> None:
-    for kind, expected in (("per block", [3, 2, 2]), ("per channel", [2, 2, 2])):
+    for kind, expected in (("per block", [2, 2, 2]), ("per channel", [2, 2])):
         assert [len(group) for group in made(1, kind)._groups if len(group) > 1] == expected
     model = made(1, "per block")
-    assert sorted(i for group in model._groups for i in group) == list(range(10)) and len(model._groups) == 6
+    assert sorted(i for group in model._groups for i in group) == list(range(10)) and len(model._groups) == 7
     assert len(model.joined) == 3 and all(isinstance(block, JoinedBlock) for block in model.joined)
 
 
@@ -255,16 +255,27 @@ def test_casts_and_factors() -> None:
     model.float()
     assert {block.data.dtype for block in model.joined if isinstance(block, JoinedBlock)} == {torch.float32}
     same(model.weights(), expected, 1e-5)
-    pair = {"b": (draw(1, 2, 1), draw(2, 1, 3))}
+    pair = {name: (draw(1, 2, 1), draw(2, 1, 3)) for name in "bk"}
     low = TaskVector.from_factors(pair)
-    mixed: list[TaskVector] = []
-    for vector in vectors(3):
-        entries: dict[str, Entry] = {**entries_of(vector.tensors), **entries_of(low.tensors)}
-        mixed.append(TaskVector(LazyTensors(entries)))
-    kept = made(3, "per block", mixed, start=0.5)
-    assert [n for n, block in zip(kept.names, kept._blocks(), strict=True) if isinstance(block, FactoredBlock)] == ["b"]
-    dense = [TaskVector(dict(vector.tensors)) for vector in mixed]
-    same(kept.weights(), oracle(kept, 3, dense)(torch.full_like(kept.coefficients, 0.5)))
+    base = Bag(3)
+    base.k = nn.Parameter(draw(9, 2, 3))
+    mixed = [TaskVector(LazyTensors({**entries_of(v.tensors), **entries_of(low.tensors)})) for v in vectors(3)]
+    kept = Composition(base, mixed, start=0.5)
+    factored = [n for n, block in zip(kept.names, kept._blocks(), strict=True) if isinstance(block, FactoredBlock)]
+    assert factored == ["b", "k"] and all([i] in kept._groups for i in map(kept.names.index, factored))
+    same(
+        kept.weights(),
+        {n: p.detach() + 0.5 * sum(v.tensors[n] for v in mixed if n in v.tensors) for n, p in base.named_parameters()},
+    )
+
+
+def test_tensors_of_several_dtypes_keep_theirs() -> None:
+    base = Bag(3)
+    base.a = nn.Parameter(base.get_parameter("a").detach().float())
+    model, other = Composition(base, vectors(3), start=0.5), made(3, "per block", start=0.5)
+    assert [t.dtype for t in model.weights().values()] == [torch.float32] + 9 * [torch.float64]
+    for name, t in other.weights().items():
+        torch.testing.assert_close(model.weights()[name].double(), t, rtol=1e-6, atol=1e-6)
 
 
 def test_small_tensors_are_read_once(tmp_path: Path) -> None:
@@ -272,8 +283,16 @@ def test_small_tensors_are_read_once(tmp_path: Path) -> None:
     for i, vector in enumerate(found):
         vector.save(tmp_path / f"{i}.safetensors")
     filed = [TaskVector.load(tmp_path / f"{i}.safetensors", stream=True) for i in range(3)]
-    model = Composition(Bag(5), [vector.select(["a", "b", "c", "e", "f"]) for vector in filed], start=0.5)
+    model = Composition(Bag(5), [vector.select(["a", "b", "e", "f"]) for vector in filed], start=0.5)
     expected = model.weights()
     for file in tmp_path.iterdir():
         file.unlink()
     assert all(torch.equal(t, expected[name]) for name, t in model.weights().items())
+
+
+def test_operators_of_a_half_network_are_not_rounded() -> None:
+    found = vectors(4, torch.float32)
+    half = Composition(Bag(4, torch.bfloat16), found, KINDS["isotropic"]).operator().to_dense()
+    wide = Composition(Bag(4), found, KINDS["isotropic"]).operator().to_dense()
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), wide, rtol=1e-6, atol=1e-6)
