@@ -177,8 +177,8 @@ class Expander:
         width = width if chosen is None else len(chosen)
         blocks = zip(self.model.names, self.model._blocks(), strict=True)
         empty = {name: f.new_zeros(n, width, *b.size) for name, b in blocks if name not in parts}
-        found = [(parts | empty)[name] for name in self.model.names]
-        flat = torch.cat([torch.cat([found[i] for i in group], 3).flatten(2) for group in self.model._groups], 2)
+        each = [(parts | empty)[name] for name in self.model.names]
+        flat = torch.cat([torch.cat([each[i] for i in group], 3).flatten(2) for group in self.model._groups], 2)
         out = flat.new_zeros(n, width, self.model.coefficients.numel(), dtype=self.model.coefficients.dtype)
         return f, out.index_add_(2, self.model._index, flat.to(out.dtype))
 
@@ -200,6 +200,8 @@ class Expander:
         width, parts = f[0].numel() if chosen is None else len(chosen), {}
         if len(seen.sites) != len(self._majors):
             return f.detach(), chosen, None
+        if not probes:
+            return f.detach(), chosen, {}
         for start in range(0, width, TOGETHER):
             places = range(start, min(start + TOGETHER, width))
             pulled = [_pull(f, _unit(f, i) if chosen is None else chosen[i], probes) for i in places]
