@@ -29,9 +29,9 @@ trained with, or AG News under that of its training texts, whose vector no rule 
 scale that leaves least of the target and keeps this on control examples of validation; AdamW (gradient ascent on the
 target as published, 64 examples of each in a step) by its best step; `fipgeo.atlas.forget_` from the best of the tuned
 "isotropic", TSV and Iso-C, with half of those control examples set apart to judge the floor. The weight of the
-control's loss was chosen from 8 and 16 on further examples of the ResNet-20's targets and control, which are neither
-for validation nor for the test; a weight of 1 and two ways to choose among several had been seen on test examples
-before. Accuracies are on test examples, by which nothing is chosen.
+control's loss was chosen from 8 and 16 on spare examples of the ResNet-20's targets and control, and so was that the
+first step that leaves least is taken, not the last; a weight of 1, two ways to choose among several and the last step
+had been seen on test examples before. Accuracies are on test examples, by which nothing is chosen.
 
 "bank": the same tasks with vectors of other fine-tuning, by mean accuracy on validation examples: each task by its own
 vector, and merges of all. The bank of the other cells is the first, the best by own vectors.

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,3 +112,41 @@ def test_features_of_texts_are_means_over_their_tokens() -> None:
 
     found = Pooled(Table())(torch.tensor([[7, 1, 3, 0, 0], [7, 2, 2, 2, 2]]))
     assert found.tolist() == [[2.0, 5.0], [2.0, 4.0]]
+
+
+def test_spare_examples_are_in_no_other_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, ids = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)), np.arange(200, dtype=np.uint8)
+    pictures = np.broadcast_to(ids[:, None, None, None], (200, 32, 32, 3)).transpose(0, 3, 1, 2)
+    files = {"train": (pictures, ids % 5), "test": (pictures + 50, ids % 5)}
+    monkeypatch.setattr(backbones, "_read", lambda file, split: files[split])
+    monkeypatch.setattr(backbones, "_network", lambda name: (net, "own", ((0.0,) * 3, (1 / 255,) * 3)))
+    monkeypatch.setattr(backbones, "folder", lambda: tmp_path)
+    (tmp_path / "images").mkdir()
+    np.savez(tmp_path / "images" / "cifar10_test.npz", images=pictures, labels=ids % 5)
+    sizes = {"TRAIN": 60, "VALIDATION": 40, "TEST": 50, "SPARE": 30, "SPARE_CONTROL": 70}
+    for key, value in sizes.items():
+        monkeypatch.setattr(backbones, key, value)
+
+    def numbers(part: Labelled) -> list[int]:
+        return part[0][:, 0, 0, 0].round().int().tolist()
+
+    usual, spare = (backbones.images("net", "mnist", which) for which in (False, True))
+    train, validation, judge = map(numbers, (spare.train, spare.validation, spare.test))
+    assert (train, validation) == (numbers(usual.train), numbers(usual.validation))
+    assert len(set(train + validation + judge)) == 60 + 40 + 30
+    assert len(usual.test[1]) == 50 and min(numbers(usual.test)) >= 50  # of the other file
+    controls = [backbones.own("net", "1", which) for which in (False, True)]
+    parts = [numbers(part) for part in (controls[0].validation, controls[0].test, controls[1].test)]
+    assert numbers(controls[1].validation) == parts[0] and list(map(len, parts)) == [40, 50, 70]
+    assert len(set().union(*parts)) == 160
+
+
+def test_a_benchmark_can_take_them_in_place_of_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    backbone = replace(toy(), examples=lambda name, spare=False: asked.append(spare) or examples(name))
+    backbone = replace(backbone, control=lambda spare=False: asked.append(spare) or toy().control())
+    monkeypatch.setattr(merges, "bank", lambda *args: {})
+    for spare in (False, True):
+        asked.clear()
+        merging.given(backbone, spare)
+        assert asked == [spare] * 4

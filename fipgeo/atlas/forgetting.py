@@ -130,7 +130,7 @@ class Looks:
             return False
         left = self._left(c)
         if left < self.left:
-            self.best, self.left = c.clone(), left
+            self.best, self.left = c, left
         return True
 
     def _left(self, c: Tensor) -> int:

@@ -45,6 +45,17 @@ class Flattened(nn.Module):
         return self.head(found)
 
 
+class Framed(nn.Module):
+    """A convolution over each token, all tokens in the place of examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(1, 2, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x.reshape(-1, 1, 6)).tanh().reshape(len(x), -1, 8).mean(1))
+
+
 class Leaving(nn.Module):
     """Uses one layer more where there are more than three examples."""
 
@@ -97,3 +108,31 @@ def test_a_network_that_takes_another_way_with_more_examples_goes_by_rows_there(
     for n in (3, 6):
         x, c = draw(n, n, 2, 6), 0.3 * draw(n, *model.coefficients.shape)
         torch.testing.assert_close(expander(c, (x,))[1], derivative(model, c, x), rtol=1e-8, atol=1e-9)
+
+
+def test_a_convolution_over_tokens_goes_by_rows_and_its_bias_by_the_layer() -> None:
+    base = shaken(Framed(), 0).eval()
+    model = Composition(base, [TaskVector.between(base, shaken(base, 1))])
+    expander, x, c = Expander(model), draw(2, 5, 3, 6), 0.3 * draw(3, 1, 4)
+    torch.testing.assert_close(expander(c, (x,))[1], derivative(model, c, x), rtol=1e-8, atol=1e-9)
+    assert expander._by_rows == {"conv.weight"}
+
+
+class Read(nn.Module):
+    """A look-up with the tokens first, and a weight that no known function uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(7, 4), nn.Parameter(torch.eye(4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(torch.tanh(self.mix) @ self.table(x.T).mean(0).T).T)
+
+
+def test_look_ups_have_their_examples_first_too_beside_what_goes_by_rows() -> None:
+    base = shaken(Read(), 0).eval()
+    model = Composition(base, [TaskVector.between(base, shaken(base, 1))])
+    expander, c = Expander(model), 0.3 * draw(3, 1, 4)
+    x = torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(expander(c, (x,))[1], derivative(model, c, x), rtol=1e-8, atol=1e-9)
+    assert expander._by_rows == {"mix"}

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from fipgeo import Composition, TaskVector
 from fipgeo.atlas import Goal, fit_, forget_
 from fipgeo.atlas.forgetting import Floor
+from fipgeo.data import as_batches
 from fipgeo.linalg import Outcome
 
 from .test_composition import draw
@@ -175,6 +176,46 @@ def test_a_start_that_all_of_the_control_allows_is_not_brought_back() -> None:
         assert torch.equal(model.coefficients.detach(), start) == ours
         kinds.add(ours)
     assert kinds == {True, False}
+
+
+def test_what_is_lost_is_counted_from_what_all_of_the_control_says_of_the_start() -> None:
+    base, x, labels = quadrants()
+    away, moved = labels < 2, 0
+    goals = (x[away], labels[away]), (x[~away], labels[~away])
+    for seed in range(12):
+        model = Composition(base, random_vectors())
+        with torch.no_grad():
+            model.coefficients.copy_(0.2 * draw(seed, 6, 2))
+            left, before = ((net(goals[1][0]).argmax(1) == goals[1][1]).sum() for net in (model, base))
+        start, floor = model.coefficients.detach().clone(), 0.97 * float(left / before)
+        forget_(model, *goals, floor=floor, held_out=0.2, steps=6, weight=0.2, generator=seed)
+        _, data = as_batches(goals[1]).split(0.2, torch.Generator().manual_seed(seed))
+        whole, judge = Floor.of(model, Goal(goals[1]), floor), Floor.of(model, Goal(data), floor)
+        end = model.coefficients.detach()
+        assert judge.beside(whole, start)(end)
+        moved += not judge(start) and not judge(end) and not torch.equal(start, end)
+    assert moved  # where the data set apart, which know the start less well, would not have allowed it
+
+
+@pytest.mark.parametrize("confidence", [None, 0.9])
+def test_a_start_is_brought_back_where_held_out_data_alone_decide(confidence: float | None) -> None:
+    base, x, labels = quadrants()
+    model = Composition(base, random_vectors())
+    with torch.no_grad():
+        model.coefficients.copy_(0.2 * draw(3, 6, 2))
+        start = model.coefficients.detach().clone()
+        right, before = (net(x).argmax(1) == labels for net in (model, base))
+    lost = before & ~right
+    judge, control = (x[lost], labels[lost]), (x[right], labels[right])
+    forget_(model, (x, labels), control, held_out=judge, floor=0.5, confidence=confidence, steps=0)
+    assert not torch.equal(model.coefficients.detach(), start)
+    if confidence is not None:  # and where they are a share of the control
+        with torch.no_grad():
+            model.coefficients.copy_(start)
+        floor = 0.97 * float(right.sum() / before.sum())
+        assert Floor.of(model, Goal((x, labels)), floor)(start)
+        forget_(model, (x, labels), (x, labels), held_out=0.5, floor=floor, confidence=confidence, steps=0)
+        assert not torch.equal(model.coefficients.detach(), start)
 
 
 def test_nothing_is_changed_where_no_less_is_left() -> None:

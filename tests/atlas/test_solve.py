@@ -302,3 +302,10 @@ def test_a_way_ends_just_before_what_is_not_allowed(edge: float) -> None:
     place = float(farthest(start, end, lambda c: float(c[1]) / 2 <= edge)[1]) / 2
     assert place <= edge < place + 1 / 64
     assert torch.equal(farthest(start, end, lambda c: False), start)
+
+
+@given(power=st.integers(0, 5))
+def test_a_way_far_beyond_what_is_allowed_is_cut_as_finely(power: int) -> None:
+    start, end, edge = torch.zeros(1), torch.ones(1, dtype=torch.float64), 0.7 * 10.0**-power
+    place = float(farthest(start, end, lambda c: float(c) <= edge))
+    assert place <= edge < place * (1 + 1 / 32)
