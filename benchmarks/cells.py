@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.records import RESULTS, read, write
+from benchmarks.records import RESULTS, processor, read, write
 
 Record = dict[str, Any]
 
@@ -49,7 +49,8 @@ def options(text: str | None, kinds: Sequence[str], seeds: Sequence[int]) -> arg
 def measure(name: str, cells: Iterable[Cell], args: argparse.Namespace) -> None:
     """Run the cells that are not on record yet, on one thread, and write each to `name`.json when it is done.
 
-    Cells do not depend on one another: one that fails is said, and the others go on. Records get its CPU seconds.
+    Cells do not depend on one another: one that fails is said, and the others go on. Records get its CPU seconds and
+    the processor, since a file is often filled on more than one machine.
 
     Raises:
         SystemExit: Some failed.
@@ -70,8 +71,8 @@ def measure(name: str, cells: Iterable[Cell], args: argparse.Namespace) -> None:
             failed += 1
             print(f"{title}  {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             continue
-        seconds = round(time.process_time() - spent, 1)
-        write(name, [record | {"seconds": seconds} for record in found], args.folder)
+        cost = {"seconds": round(time.process_time() - spent, 1), "processor": processor()}
+        write(name, [record | cost for record in found], args.folder)
         for r in found:
             print(f"{title}  {r['method']}  {r['figure']}  {r['value']} {r['unit']}", flush=True)
     if failed:
