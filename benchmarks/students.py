@@ -149,6 +149,11 @@ def solved(at: Lesson, ridge: float, vectors: Sequence[TaskVector] | None = None
     return _under(model, at)
 
 
+def chosen(at: Lesson, ridge: float, by: str) -> nn.Module:
+    """Coefficients of few vectors for each tensor."""
+    return solved(at, ridge, choose_vectors(at.base, at.vectors, at.data, BUDGET, by=by, forward_fn=at.scores))
+
+
 def met(at: Lesson, rate: float = RATE, steps: int = EPISODES) -> Student:
     """Coefficients under a head that moves with them, by AdamW with a cosine; the head of the images where they end.
 
@@ -230,19 +235,6 @@ def random_parts(at: Lesson) -> Kind:
     return Partitions(max(k for k in range(1, 400) if len(at.vectors) * sum(min(k, n) for n in sizes) <= most))
 
 
-def steepest(at: Lesson) -> list[TaskVector]:
-    """Of each tensor, the vectors along which the loss is steepest at the pretrained network."""
-    model = Composition(at.base, at.vectors).eval()
-    F.cross_entropy(at.scores(model, at.data), at.data[1]).backward()
-    slopes = model.coefficients.grad
-    assert slopes is not None
-    chosen = torch.zeros_like(slopes, dtype=torch.bool).scatter_(0, slopes.abs().topk(BUDGET, 0).indices, True)
-    return [
-        TaskVector({n: vector.tensors[n] for n, kept in zip(model.labels, row.tolist(), strict=True) if kept})
-        for vector, row in zip(at.vectors, chosen, strict=True)
-    ]
-
-
 def _under(model: Composition, at: Lesson) -> nn.Module:
     student = Student(model.merge(), at.classes)
     student.numbers = model.coefficients.numel()  # type: ignore[assignment]
@@ -266,10 +258,8 @@ METHODS: dict[str, Callable[[Lesson, float], Callable[[Tensor], Tensor]]] = {
     "fipgeo, evidence": lambda at, _: told(at),
 }
 SELECTED: dict[str, Callable[[Lesson, float], nn.Module]] = {
-    "by leverage": lambda at, ridge: solved(
-        at, ridge, choose_vectors(at.base, at.vectors, at.data, BUDGET, forward_fn=at.scores)
-    ),
-    "by gradient": lambda at, ridge: solved(at, ridge, steepest(at)),
+    "by leverage": partial(chosen, by="leverage"),
+    "by gradient": partial(chosen, by="gradient"),
 }
 PARTED: dict[str, Callable[[Lesson, float], nn.Module]] = {
     "LoRA of rank 1": partial(adapted, rank=1),

@@ -16,7 +16,7 @@ from benchmarks.banks import SHARPNESS, cosine
 from benchmarks.merges import Setting, Task
 from benchmarks.students import Lesson, Student
 from fipgeo import TaskVector
-from fipgeo.atlas import CacheAdapter, LinearProbe, forget_, isotropise, whiten
+from fipgeo.atlas import CacheAdapter, LinearProbe, choose_vectors, forget_, isotropise, whiten
 
 
 def images(seed: int, count: int) -> tuple[Tensor, Tensor]:
@@ -279,7 +279,7 @@ def test_coefficients_of_parts_are_as_many_as_the_numbers_of_lora() -> None:
 def test_the_steepest_vectors_are_those_that_change_the_loss_most() -> None:
     at = lesson()
     at = Lesson(at.base, at.task, [*at.vectors, 0.1 * at.vectors[0]], at.data, at.classes, 0)
-    chosen = students.steepest(at)
+    chosen = choose_vectors(at.base, at.vectors, at.data, 2, by="gradient", forward_fn=at.scores)
     for name, start in at.base.named_parameters():
         slopes = []
         for vector in at.vectors:

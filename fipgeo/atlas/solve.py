@@ -1,6 +1,6 @@
 r"""Learning coefficients by a quadratic model of the objective that begins as the metric of the outputs.
 
-    objective(c) = sum_t w_t mean_n loss(f(x_n; c), y_n) + ridge/2 |c|^2
+    objective(c) = sum_t w_t mean_n loss(f(x_n; c), y_n) + ridge/2 |c|^2 + l1 |c|_1    for lower <= c <= upper
 
 At first the model's curvature is that of the metric pulled back to the coefficients, B^T g B, in the geometry that
 belongs to the loss: an estimate from a few random directions of the outputs of some examples. Every step within a
@@ -22,6 +22,7 @@ from torch import Tensor
 from fipgeo.atlas.composition import Composition
 from fipgeo.atlas.goals import Term, labels_of, listed
 from fipgeo.atlas.losses import Loss
+from fipgeo.atlas.penalty import Penalty
 from fipgeo.atlas.proximal import EXACT, Problem, searched
 from fipgeo.atlas.region import Curvature
 from fipgeo.data import Batches, Generator, TensorBatches, as_generator
@@ -73,6 +74,8 @@ def fit_(
     sample: int | None = None,
     reach: float = 0.2,
     ridge: float = 0.0,
+    l1: float = 0.0,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
     rtol: float = 1e-3,
     target: float = -math.inf,
     generator: Generator = None,
@@ -90,6 +93,9 @@ def fit_(
             |D d|, where D d is what each coefficient alone does to the outputs, root mean square over the examples, in
             the geometry of the loss. A linear composition needs none.
         ridge: Weight of |c|^2 / 2 beside the losses.
+        l1: Weight of |c|_1 beside them, with which some coefficients are exactly 0; not for a linear composition.
+        bounds: Between which every coefficient stays, such as (0, inf) for those of one sign; a start outside is first
+            brought to them. Not for a linear composition.
         rtol: A step that lowers the objective by a smaller share of its first value is little; after five of them in a
             row, or where the model expects no more, learning ends.
         target: An objective at which to stop.
@@ -99,7 +105,8 @@ def fit_(
         What was reached, and what it took.
 
     Raises:
-        ValueError: There is no goal, a setting is out of range, or the network returns several tensors.
+        ValueError: There is no goal, a setting is out of range or not for a linear composition, or the network returns
+            several tensors.
 
     Source: the metric at the start is that of Amari's natural gradient (1998); the curvature learns by symmetric
     rank-one updates in a region of trust (Conn, Gould & Toint 1991), scaled as by Marquardt (1963), so that vectors
@@ -119,13 +126,16 @@ def fit_(
             f"steps, reach, ridge, sample: got {steps}, {reach}, {ridge}, {sample}; expected at least 0, above 0, at"
             " least 0, and None or at least 1"
         )
+    penalty = Penalty(l1, *bounds)
+    if model.linear and not penalty.free:
+        raise ValueError(f"l1, bounds: got {l1} and {bounds} for a linear composition; build it with linear=False")
     draws = as_generator(generator)
     terms = [Term.of(model, goal) for goal in listed(goals, loss)]
     parts = [term.drawn(sample, draws) for term in terms]
     objective = Objective(model, terms, parts, ridge)
     if model.linear:
         return _solved(objective, steps, rtol, target)
-    return descend(objective, draws, steps=steps, reach=reach, rtol=rtol, target=target)
+    return descend(objective, draws, steps=steps, reach=reach, rtol=rtol, target=target, penalty=penalty)
 
 
 def descend(
@@ -137,12 +147,13 @@ def descend(
     rtol: float = 1e-3,
     target: float = -math.inf,
     allowed: Callable[[Tensor], bool] | None = None,
+    penalty: Penalty | None = None,
 ) -> Fit:
     """The steps of `fit_`; the first that leads to coefficients that are not allowed is cut, and is the last."""
-    model = objective.model
-    c = model.coefficients.detach().clone()
-    descent = Descent(objective, c, reach, draws) if steps else None
-    value = objective.value(c) if descent is None else descent.value
+    model, penalty = objective.model, penalty or Penalty()
+    c = model.coefficients.detach().clamp(penalty.lower, penalty.upper)
+    descent = Descent(objective, c, reach, draws, penalty) if steps else None
+    value = objective.value(c) + penalty(c) if descent is None else descent.value
     losses, passes, little = [value], [objective.passes], 0
     least, outcome = rtol * abs(value), Outcome.MAX_ITERATIONS
     for _ in range(steps):
@@ -155,7 +166,7 @@ def descend(
         if gain > 0:
             if allowed is not None and not allowed(descent.c):
                 c, outcome = farthest(c, descent.c, allowed), Outcome.CONVERGED
-                losses.append(objective.value(c))
+                losses.append(objective.value(c) + penalty(c))
                 passes.append(objective.passes)
                 break
             c, value = descent.c, descent.value
@@ -258,29 +269,36 @@ class Descent:
         c: Where to begin, `[n, S]`.
         reach: As in `fit_`.
         draws: For the metric's directions and examples.
+        penalty: What is not smooth in the objective.
 
     Attributes:
         c: The best coefficients so far.
         value: The objective there.
-        slope: Its gradient, `[r]` in float64.
+        slope: The gradient of what is smooth in it, `[r]` in float64.
         radius: Of the region of trust.
         curvature: The model's.
         verdict: What to say if no step ever helps.
     """
 
-    def __init__(self, objective: Objective, c: Tensor, reach: float, draws: torch.Generator) -> None:
+    def __init__(
+        self, objective: Objective, c: Tensor, reach: float, draws: torch.Generator, penalty: Penalty | None = None
+    ) -> None:
         self.objective, self.c, self.radius, self.verdict = objective, c, reach, Outcome.STAGNATED
-        rows, signs, self.value, self.slope = objective.metric(c, draws)
+        self.penalty = penalty or Penalty()
+        rows, signs, value, self.slope = objective.metric(c, draws)
+        self.value = value + self.penalty(c)
         self.curvature = Curvature.of(rows, signs, objective.ridge)
 
     def step(self, least: float) -> float | None:
         """Try a step; how much it lowers the objective, 0 if it is taken back, None if the model expects too little."""
-        d = self.curvature.step(self.slope, self.radius)
-        expected, length = -self.curvature.change(self.slope, d), self.curvature.length(d)
+        here = self.c.flatten().double()
+        d = self.penalty.step(self.curvature, self.slope, here, self.radius)
+        expected, length = -self.penalty.change(self.curvature, self.slope, here, d), self.curvature.length(d)
         if expected <= least and length < 0.9 * self.radius:
             return None
-        c = self.c + d.view_as(self.c).to(self.c)
+        c = (here + d).view_as(self.c).to(self.c)
         value, slope = self.objective.slope(c)
+        value += self.penalty(c)
         if not (math.isfinite(value) and bool(slope.isfinite().all())):
             self.radius, self.verdict = length / 4, Outcome.NOT_FINITE
             return 0.0

@@ -1,46 +1,15 @@
-"""The choice of vectors, and diagnostics, against their definitions."""
+"""Diagnostics, against their definitions."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from fipgeo import Composition
-from fipgeo.atlas import choose_vectors, cosines, disentanglement_error
-from fipgeo.atlas.uses import pivots
+from fipgeo.atlas import cosines, disentanglement_error
 from fipgeo.plotting import plot_coefficient_depth, plot_coefficients
 from fipgeo.plotting._common import PALETTE
 
-from .test_composition import bank, draw
-
-
-@given(seed=st.integers(0, 2**20), budget=st.integers(1, 3))
-def test_pivots_are_a_greedy_choice(seed: int, budget: int) -> None:
-    root, columns = draw(seed, 9, 12), 4
-    taken: list[int] = []
-    for _ in range(budget * columns):
-        basis = torch.linalg.qr(root[:, taken])[0] if taken else root[:, :0]
-        left = (root - basis @ (basis.T @ root)).square().sum(0)
-        full = [sum(i % columns == j % columns for i in taken) >= budget for j in range(12)]
-        open_ = torch.tensor([-1.0 if full[j] or j in taken else float(left[j]) for j in range(12)])
-        if float(open_.max()) <= 1e-9:
-            break
-        taken.append(int(open_.argmax()))
-    found = pivots(root, budget, columns)
-    assert sorted(taken) == found.flatten().nonzero().flatten().tolist()
-    assert int(found.sum(0).max()) <= budget
-
-
-def test_a_vector_that_repeats_another_is_not_chosen() -> None:
-    base, vectors, x = bank("mixed", 2, 3)
-    chosen = choose_vectors(base, [vectors[0], 2.0 * vectors[0], vectors[1]], x, 2)
-    assert len(chosen) == 3 and not set(chosen[0].tensors) & set(chosen[1].tensors) - {"unused"}
-    assert "unused" not in {name for vector in chosen for name in vector.tensors}
-    model = Composition(base, chosen)
-    assert all(block.data.shape[1] <= 2 for block in model._blocks())
-    with pytest.raises(ValueError, match="budget: got 0"):
-        choose_vectors(base, vectors, x, 0)
+from .test_composition import bank
 
 
 def test_diagnostics() -> None:
