@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fipgeo import Composition, TaskVector
-from fipgeo.atlas import fit_
+from fipgeo.atlas import Goal, fit_
+from fipgeo.atlas.goals import Term
 from fipgeo.atlas.penalty import Penalty
 from fipgeo.atlas.region import Curvature
+from fipgeo.atlas.solve import Objective, descend
 
 from ..test_task_vectors import shaken
 from .test_composition import draw
@@ -98,6 +100,25 @@ def test_a_large_weight_leaves_nothing_and_a_small_one_some() -> None:
         fit_(model, (x, y), l1=l1, rtol=1e-8)
         zeros.append(int(model.coefficients.eq(0).sum()))
     assert zeros[0] == 0 < zeros[1] < zeros[2] == 16
+
+
+def test_a_start_is_brought_to_the_bounds_and_a_cut_step_counts_the_penalty() -> None:
+    base = shaken(nn.Linear(5, 3), 0)
+    vectors, data = [TaskVector.between(base, shaken(base, 1))], (draw(0, 20, 5), torch.arange(20) % 3)
+    model = Composition(base, vectors, start=2.0)
+    fit_(model, data, bounds=(-1.0, 0.5), steps=0)
+    assert bool((model.coefficients == 0.5).all())
+    term, penalty = Term.of(model, Goal(data)), Penalty(0.05)
+    objective = Objective(model, [term], [term.batches], 0.0)
+    start = model.coefficients.detach().clone()
+
+    def near(c: Tensor) -> bool:
+        return float((c - start).abs().max()) < 0.01
+
+    fit = descend(objective, torch.Generator().manual_seed(0), steps=3, allowed=near, penalty=penalty)
+    c = model.coefficients.detach()
+    assert near(c) and not torch.equal(c, start)
+    assert fit.losses[-1] == pytest.approx(cross_entropy(model(data[0]), data[1]).item() + 0.05 * float(c.abs().sum()))
 
 
 def test_penalties_out_of_range_and_linear_compositions_are_refused() -> None:

@@ -99,7 +99,8 @@ def test_features_are_alike_where_their_means_are() -> None:
         return net(batch[0]).relu()
 
     means = [(part @ base.weight.T + base.bias).relu().mean(0).detach() for part in inputs]
-    found = feature_similarity(base, (inputs[0],), [(part,) for part in inputs], feature_fn=features)
+    batches = [[(part[:15],), (part[15:],)] for part in inputs]  # of unequal sizes
+    found = feature_similarity(base, batches[0], batches, feature_fn=features)
     for one, mean in zip(found, means, strict=True):
         assert float(one) == pytest.approx(float(means[0] @ mean / means[0].norm() / mean.norm()))
     assert float(found[0]) == pytest.approx(1.0) and len(set(found.tolist())) == 4
