@@ -88,6 +88,11 @@ class Penalty:
             d, best, momentum = moved, found, following
         return d
 
+    def moved(self, c: Tensor, d: Tensor) -> Tensor:
+        """C + d without its rounding: between the bounds, and 0 where a step goes to 0."""
+        end = (c + d).clamp(self.lower, self.upper)
+        return end.where(end.abs() > 1e-12 * c.abs(), 0.0) if self.l1 else end
+
     def change(self, curvature: Curvature, slope: Tensor, c: Tensor, d: Tensor) -> float:
         """What the model says of a step, the penalty included."""
         return curvature.change(slope, d) + self(c + d) - self(c)

@@ -296,7 +296,7 @@ class Descent:
         expected, length = -self.penalty.change(self.curvature, self.slope, here, d), self.curvature.length(d)
         if expected <= least and length < 0.9 * self.radius:
             return None
-        c = (here + d).view_as(self.c).to(self.c)
+        c = self.penalty.moved(here, d).view_as(self.c).to(self.c)
         value, slope = self.objective.slope(c)
         value += self.penalty(c)
         if not (math.isfinite(value) and bool(slope.isfinite().all())):
