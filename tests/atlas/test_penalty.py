@@ -129,3 +129,11 @@ def test_penalties_out_of_range_and_linear_compositions_are_refused() -> None:
             fit_(Composition(base, vectors), data, l1=l1, bounds=bounds)
     with pytest.raises(ValueError, match="for a linear composition; build it with linear=False"):
         fit_(Composition(base, vectors, linear=True), data, l1=0.1)
+
+
+def test_what_a_step_leaves_by_rounding_is_removed() -> None:
+    c = torch.tensor([0.1, 0.3, 0.7], dtype=torch.float64)
+    d = torch.tensor([-0.1 * (1 - 3e-16), -0.2, 0.3 + 1e-15], dtype=torch.float64)
+    assert float((c + d)[0]) != 0.0 and float((c + d)[2]) > 1.0
+    assert Penalty(0.5, upper=1.0).moved(c, d).tolist() == [0.0, float(c[1] + d[1]), 1.0]
+    assert Penalty(0.0, upper=1.0).moved(c, d)[0] != 0.0
