@@ -217,7 +217,7 @@ def test_square_loss_of_a_linear_network_is_one_solve(seed: int) -> None:
     expected = torch.linalg.solve(system, rows.T @ (y - f).flatten() / 20)
     fit = fit_(model, (x, y), loss="square", ridge=ridge, rtol=1e-12)
     assert fit.ok and len(fit.losses) == len(fit.passes) == fit.steps + 1
-    torch.testing.assert_close(model.coefficients.detach().flatten(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.coefficients.detach().flatten(), expected, rtol=1e-4, atol=1e-5)
 
 
 @given(seed=seeds, damping=st.sampled_from([1e3, 1e6]))
