@@ -1,7 +1,7 @@
 """Composition of task vectors with learned coefficients, at the scale of vectors, layers, tensors or parts of them."""
 
 from fipgeo.atlas.composition import Composition
-from fipgeo.atlas.diagnostics import cosines, disentanglement_error
+from fipgeo.atlas.diagnostics import cosines, disentanglement_error, interference
 from fipgeo.atlas.few_shot import CacheAdapter, FewShot, LinearProbe, class_means, few_shot_
 from fipgeo.atlas.forgetting import forget_
 from fipgeo.atlas.goals import Goal
@@ -41,6 +41,7 @@ __all__ = [
     "fit_",
     "fit_hidden_",
     "forget_",
+    "interference",
     "isotropise",
     "lines",
     "partition",

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fipgeo.atlas.composition import Composition
+from fipgeo.atlas.kinds import Isotropic
+from fipgeo.atlas.losses import Loss
+from fipgeo.atlas.selection import root
 from fipgeo.data import as_batches
-from fipgeo.model import ForwardFn, OutputMap
+from fipgeo.model import ForwardFn, OutputFn, OutputMap
 from fipgeo.task_vectors import TaskVector
 
 
@@ -21,6 +25,42 @@ def cosines(vectors: Sequence[TaskVector]) -> Tensor:
         for j in range(i):
             out[i, j] = out[j, i] = vectors[i].cosine(vectors[j])
     return out
+
+
+def interference(
+    base: nn.Module,
+    vectors: Sequence[TaskVector],
+    data: Any,
+    *,
+    loss: str | Loss = "cross_entropy",
+    forward_fn: ForwardFn | None = None,
+    output_fn: OutputFn | None = None,
+) -> Tensor:
+    """Cosines of all pairs in the metric of the outputs on some data, `[n, n]`: tau_i^T g tau_j over their lengths.
+
+    Vectors that are orthogonal as weights may pull the outputs the same way, and parallel ones may touch weights that
+    the data do not feel. A vector that the data do not feel at all has cosine 0 with others.
+
+    Args:
+        base: The network, at which the metric is taken.
+        vectors: Task vectors over its parameters.
+        data: Inputs, with labels or without.
+        loss: Whose metric counts.
+        forward_fn: (network, batch) -> raw outputs.
+        output_fn: Raw outputs -> the tensor that the loss gets.
+
+    Examples:
+        >>> base = nn.Linear(2, 3, bias=False)
+        >>> one, other = (TaskVector({"weight": torch.eye(3)[:, [i, i]]}) for i in (0, 1))
+        >>> interference(base, [one, one, other], torch.ones(4, 2), loss="square")
+        tensor([[1., 1., 0.],
+                [1., 1., 0.],
+                [0., 0., 1.]], dtype=torch.float64)
+    """
+    rows = root(Composition(base, vectors, Isotropic()), data, loss, forward_fn, output_fn).double()
+    lengths = torch.linalg.vector_norm(rows, dim=0)
+    unit = rows / lengths.where(lengths > 0, 1.0)
+    return (unit.T @ unit).fill_diagonal_(1.0)
 
 
 @torch.no_grad()

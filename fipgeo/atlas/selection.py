@@ -83,7 +83,7 @@ def choose_vectors(
     elif by not in RULES:
         raise ValueError(f"by: got {by!r}, expected scores or one of {', '.join(RULES)}")
     elif by == "leverage":
-        return _kept(model, vectors, pivots(_root(model, data, loss, forward_fn, output_fn), budget, columns))
+        return _kept(model, vectors, pivots(root(model, data, loss, forward_fn, output_fn), budget, columns))
     elif by == "random":
         scores = torch.rand(n, columns, generator=as_generator(generator))
     else:
@@ -120,10 +120,10 @@ def feature_similarity(
     return torch.stack([torch.cosine_similarity(target, mean(source), dim=0) for source in sources])
 
 
-def _root(
+def root(
     model: Composition, data: Any, loss: str | Loss, forward_fn: ForwardFn | None, output_fn: OutputFn | None
 ) -> Tensor:
-    """R `[rows, n S]` with R^T R = B^T g B at coefficients 0."""
+    """R `[rows, n S]` with R^T R a multiple of B^T g B at the composition's coefficients."""
     expander, chosen = Expander(model, forward_fn, output_fn), as_loss(loss)
     c, rows = model.coefficients.detach(), []
     for batch in as_batches(data, argument="data"):

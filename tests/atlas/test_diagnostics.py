@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from fipgeo import Composition
-from fipgeo.atlas import cosines, disentanglement_error
+from fipgeo import Composition, TaskVector, WeightSpace, metric
+from fipgeo.atlas import cosines, disentanglement_error, interference
 from fipgeo.plotting import plot_coefficient_depth, plot_coefficients
 from fipgeo.plotting._common import PALETTE
 
@@ -24,6 +26,19 @@ def test_diagnostics() -> None:
     assert not disentanglement_error(base, vectors[:1], [x]).any()
     with pytest.raises(ValueError, match="expected one of each for every task"):
         disentanglement_error(base, vectors, [x])
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**20))
+def test_interference_is_the_cosine_in_the_metric(seed: int) -> None:
+    base, vectors, x = bank("tied", seed, 3)
+    g, space = metric(base, x, params="*", geometry="categorical"), WeightSpace.of(base, "*")
+    flat = torch.stack([space.ravel(vector.tensors) for vector in vectors])
+    gram = torch.stack([g.matvec(row) for row in flat]) @ flat.T
+    lengths = gram.diagonal().sqrt()
+    torch.testing.assert_close(interference(base, vectors, x), gram / lengths / lengths[:, None], rtol=1e-6, atol=1e-8)
+    unfelt = [vectors[0], TaskVector({name: torch.zeros_like(t) for name, t in vectors[0].tensors.items()})]
+    assert torch.equal(interference(base, unfelt, x), torch.eye(2, dtype=torch.float64))
 
 
 def test_coefficients_are_drawn() -> None:
