@@ -38,8 +38,9 @@ vector, and merges of all. The bank of the other cells is the first, the best by
 
 Forms of our own rules are compared with --spare, which takes accuracies on spare examples in place of the test's.
 Records go to benchmarks/results/merging.json, or merging-spare.json, cell by cell; what is there is not measured again
-without --again. Vectors that are made anew on another processor differ in their last digits, and accuracies of what is
-made of them by some tenths, of what is learned from them by more; records say on which processor they were made.
+without --again. Vectors that are made anew on another processor differ in their last digits, and accuracies by some
+tenths, or by points where a chosen scale or a learned end moves with them; records say on which processor they were
+made.
 """
 
 from __future__ import annotations

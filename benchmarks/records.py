@@ -31,7 +31,7 @@ KEY = ("case", "method", "figure", "seed")
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the figures depend on; in a file, that of its last run."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -16,7 +16,7 @@ from benchmarks.banks import SHARPNESS, cosine
 from benchmarks.merges import Setting, Task
 from benchmarks.students import Lesson, Student
 from fipgeo import TaskVector
-from fipgeo.atlas import CacheAdapter, LinearProbe, choose_vectors, forget_, isotropise, whiten
+from fipgeo.atlas import CacheAdapter, LinearProbe, forget_, isotropise, whiten
 
 
 def images(seed: int, count: int) -> tuple[Tensor, Tensor]:
@@ -276,20 +276,6 @@ def test_coefficients_of_parts_are_as_many_as_the_numbers_of_lora() -> None:
     assert 0.5 * theirs < ours <= theirs == 8 + 12 + 64 + 8 + at.classes.numel()
 
 
-def test_the_steepest_vectors_are_those_that_change_the_loss_most() -> None:
-    at = lesson()
-    at = Lesson(at.base, at.task, [*at.vectors, 0.1 * at.vectors[0]], at.data, at.classes, 0)
-    chosen = choose_vectors(at.base, at.vectors, at.data, 2, by="gradient", forward_fn=at.scores)
-    for name, start in at.base.named_parameters():
-        slopes = []
-        for vector in at.vectors:
-            moved = dict(at.base.named_parameters()) | {name: start + 1e-2 * vector.tensors[name]}
-            f = cosine(at.classes)(torch.func.functional_call(at.base, moved, (at.data[0],)))
-            slopes.append(F.cross_entropy(f, at.data[1]).item())
-        change = (torch.tensor(slopes) - F.cross_entropy(at.scores(at.base, at.data), at.data[1]).item()).abs()
-        assert {i for i, vector in enumerate(chosen) if name in vector.tensors} == set(change.topk(2).indices.tolist())
-
-
 def test_images_of_a_lesson_have_all_classes() -> None:
     at = setting()
     assert students.few(at, "one", 2, 0)[1].bincount().tolist() == [2, 2, 2]
@@ -310,7 +296,7 @@ def test_grids_are_resumed_and_means_are_those_of_the_rows(tmp_path: Path, monke
     found = records.read("merging", tmp_path)
     assert {(r["method"], r["seed"]) for r in found} == {(m, 0) for m in methods} | {("DARE", 1), ("DARE", 2)}
     for r in found:
-        assert r["seconds"] >= 0
+        assert r["seconds"] >= 0 and r["processor"] == records.processor() != ""
         if "rows" in r:
             assert r["value"] == pytest.approx(sum(r["rows"].values()) / 2, abs=0.01)
     ours = ["--folder", str(tmp_path), "--backbones", "resnet20", "--methods", "fipgeo", "--seeds", "0", "--cells"]

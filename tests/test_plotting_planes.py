@@ -178,6 +178,10 @@ def test_planes_through_networks_measure_those_networks() -> None:
             Plane.through(bad)
         with pytest.raises(ValueError, match="points"):
             Plane.principal(bad)
+    for seed in range(20):  # what is left beside a line by rounding is no direction
+        start, way = torch.randn(2, 26, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        with pytest.raises(ValueError, match="points"):
+            Plane.principal(torch.stack([start + t * way for t in (0.0, 0.3, 1.7, 2.9)]))
     with pytest.raises(ValueError, match="around"):
         plane.scan(nets[0], lambda net: 0, places[0])
 

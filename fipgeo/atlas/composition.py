@@ -162,11 +162,11 @@ class Composition(nn.Module):
 
     def _summed(self, coefficients: Tensor | None, based: bool) -> dict[str, Tensor]:
         flat = (self.coefficients if coefficients is None else coefficients).flatten()
-        sums = self._linear(based)
+        sums = self._sums(based)
         found = Compose.apply(flat, sums) if torch.is_grad_enabled() else sums.compose(flat)
         return dict(zip(self.names, found, strict=True))
 
-    def _linear(self, based: bool, dtype: torch.dtype | None = None) -> Sums:
+    def _sums(self, based: bool, dtype: torch.dtype | None = None) -> Sums:
         """The sums, plus the network's own tensors, which are found without a walk through all of its modules."""
         bases: list[Any] = [owner._parameters[key] for owner, key in self._owners]
         dtypes = [dtype or bases[group[0]].dtype for group in self._groups]
@@ -224,7 +224,7 @@ class Composition(nn.Module):
         if missing:
             raise ValueError(f"space: it lacks {', '.join(missing[:6])}, which the vectors move; choose them too")
         slices, wide = space.slices(), self.coefficients.dtype
-        size, sums = self.coefficients.numel(), self._linear(False, wide)
+        size, sums = self.coefficients.numel(), self._sums(False, wide)
 
         def apply(c: Tensor) -> Tensor:
             out = c.new_zeros(len(c), space.dim)

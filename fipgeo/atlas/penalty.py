@@ -74,22 +74,22 @@ class Penalty:
         d, ahead, momentum = torch.zeros_like(c), torch.zeros_like(c), 1.0
         best = self.change(curvature, slope, c, d)
         for _ in range(ITERATIONS):
-            moved = self.near(c + ahead - size * (slope + curvature(ahead)), size) - c
-            length = curvature.length(moved)
-            moved = moved * min(1.0, radius / length) if length > 0 else moved
-            found = self.change(curvature, slope, c, moved)
+            tried = self.near(c + ahead - size * (slope + curvature(ahead)), size) - c
+            length = curvature.length(tried)
+            tried = tried * min(1.0, radius / length) if length > 0 else tried
+            found = self.change(curvature, slope, c, tried)
             if found > best and momentum > 1:
                 ahead, momentum = d, 1.0
                 continue
             if not found < best - 1e-12 * abs(best):
                 break
             following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-            ahead = moved + (momentum - 1) / following * (moved - d)
-            d, best, momentum = moved, found, following
+            ahead = tried + (momentum - 1) / following * (tried - d)
+            d, best, momentum = tried, found, following
         return d
 
     def moved(self, c: Tensor, d: Tensor) -> Tensor:
-        """C + d without its rounding: between the bounds, and 0 where a step goes to 0."""
+        """The end c + d without its rounding: between the bounds, and 0 where a step goes to 0."""
         end = (c + d).clamp(self.lower, self.upper)
         return end.where(end.abs() > 1e-12 * c.abs(), 0.0) if self.l1 else end
 

@@ -64,7 +64,7 @@ def choose_vectors(
     Raises:
         ValueError: The budget is not positive, the rule is not known, or the scores are not of these shapes.
 
-    Source: rules by gradients and by features are those of Zhang et al., NeurIPS 2024, Appendix; leverage is ours.
+    Source: rules by gradients and by features are those of Zhang et al., NeurIPS 2024, Table 14; leverage is ours.
 
     Examples:
         >>> base, x = nn.Linear(3, 2), torch.ones(4, 3)
@@ -106,8 +106,19 @@ def feature_similarity(
         sources: Inputs of the task of each vector.
         feature_fn: (network, batch) -> features; None for its outputs.
 
-    Source: Zhang et al., NeurIPS 2024, Appendix.
+    Raises:
+        ValueError: There are no sources.
+
+    Examples:
+        >>> base, x = nn.Linear(2, 2, bias=False), torch.ones(3, 2)
+        >>> _ = nn.init.eye_(base.weight)
+        >>> feature_similarity(base, x, [x, torch.eye(2)[:1]]).round(decimals=2)
+        tensor([1.0000, 0.7100], dtype=torch.float64)
+
+    Source: Zhang et al., NeurIPS 2024, Table 14.
     """
+    if not len(sources):
+        raise ValueError("sources: got none, expected the inputs of the task of each vector")
     seen = OutputMap(base, forward_fn=feature_fn)
     point = seen.point()
 

@@ -86,6 +86,8 @@ def test_any_scores_may_choose_and_what_is_not_chosen_takes_no_memory() -> None:
 
 def test_rules_that_are_not_known_and_scores_of_other_shapes_are_refused() -> None:
     base, vectors, x = bank("tied", 0, 2)
+    with pytest.raises(ValueError, match="sources: got none"):
+        feature_similarity(base, x, [])
     with pytest.raises(ValueError, match="by: got 'best', expected scores or one of leverage, gradient"):
         choose_vectors(base, vectors, x, 1, by="best")
     with pytest.raises(ValueError, match=r"by: got scores \[3\], expected \[2\] or \[2, "):

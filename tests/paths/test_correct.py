@@ -93,6 +93,8 @@ def test_at_the_start_the_function_stays(kind: str) -> None:
     kept, _, free = perturbed(0, 0.0)
     found = correct(KINDS[kind], kept, Position(kept.function.map.point()), free)
     assert kept.loss(found.position) < 1e-20
+    kept, position, free = perturbed(0, 2e-16)  # no more than rounding, and nothing to walk after
+    assert kept.loss(correct(KINDS[kind], kept, position, free).position) < 1e-20
 
 
 @pytest.mark.parametrize("kind", KINDS)
